@@ -1,0 +1,298 @@
+//! The fused operations a transformer needs, on some device.
+//!
+//! [`Backend`] is the one seam between the layer loop (`engine`) and the hardware. It is deliberately short: each
+//! operation is what one kernel (or one small group of kernels) does on a GPU, so that a backend loses nothing by
+//! implementing it. All matrices are row-major, one row a token. Activations have the backend's own type (f32 on the CPU,
+//! bf16 on CUDA); scores and log-sum-exps are always f32.
+//!
+//! Invariant: nothing here knows of models, plans, hosts, queues or documents; only shapes. `unsafe` lives here alone.
+
+pub mod cpu;
+pub mod mapped;
+
+use std::ops::Range;
+
+/// Why a backend could not do what it was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum BackendError {
+    /// A tensor had another shape than the operation needs; a mistake in the caller or in a weights file.
+    #[error("{op}: expected {expected}, got {got}")]
+    Shape { op: &'static str, expected: String, got: String },
+    /// The device has too little memory.
+    #[error("{op}: out of memory, {bytes} bytes were asked for")]
+    OutOfMemory { op: &'static str, bytes: usize },
+    /// The device failed; nothing on it can be trusted any more, the process has to go.
+    #[error("{op}: the device failed: {reason}")]
+    Device { op: &'static str, reason: String },
+    /// The backend or the device asked for is not there.
+    #[error("{0}")]
+    Unavailable(String),
+}
+
+/// Element type of weights as they stand in a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DType {
+    /// IEEE single precision.
+    F32,
+    /// IEEE half precision.
+    F16,
+    /// Brain float: the upper half of an f32.
+    Bf16,
+}
+
+/// A weight as it stands in a (memory-mapped) file: little-endian, row-major.
+#[derive(Debug, Clone, Copy)]
+pub struct WeightView<'a> {
+    /// Rows (output features of a linear layer; 1 for a vector).
+    pub rows: usize,
+    /// Columns (input features).
+    pub cols: usize,
+    /// Element type of `bytes`.
+    pub dtype: DType,
+    /// `rows * cols` elements.
+    pub bytes: &'a [u8],
+}
+
+/// Head layout of an attention layer. A packed `qkv` row is `[heads | kv_heads | kv_heads] * head_dim`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeadShape {
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads; divides `heads`.
+    pub kv_heads: usize,
+    /// Elements of one head.
+    pub head_dim: usize,
+}
+
+impl HeadShape {
+    /// Width of a packed qkv row.
+    pub fn qkv_width(&self) -> usize {
+        (self.heads + 2 * self.kv_heads) * self.head_dim
+    }
+    /// Width of a row of queries, and of an attention output.
+    pub fn q_width(&self) -> usize {
+        self.heads * self.head_dim
+    }
+    /// Width of a row of keys, or of values.
+    pub fn kv_width(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+    /// Query heads that share one KV head.
+    pub fn group(&self) -> usize {
+        self.heads / self.kv_heads
+    }
+}
+
+/// What a query row may see of a segment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mask {
+    /// Every row.
+    Full,
+    /// Bottom-right aligned: of `m` queries over `n` rows, query `i` sees the first `n - m + i + 1`.
+    Causal,
+}
+
+/// A run of key/value rows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Segment {
+    /// Which of the sources given to [`Backend::attention`].
+    pub source: usize,
+    /// Rows of that source.
+    pub rows: Range<usize>,
+    /// What the task's queries may see of them.
+    pub mask: Mask,
+}
+
+/// One piece of attention: a run of query rows over a list of segments, as if those were concatenated.
+/// One call takes the tasks of all hosts of a rank.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct AttentionTask {
+    /// Rows of `q`, and of the output.
+    pub queries: Range<usize>,
+    /// What they attend to. Empty rows ranges are allowed; a query that sees nothing gives output 0 and LSE -inf.
+    pub segments: Vec<Segment>,
+}
+
+/// Keys and values of some rows: both `[rows, kv_heads * head_dim]`, keys after RoPE.
+pub struct KvRef<'a, M> {
+    /// Keys.
+    pub k: &'a M,
+    /// Values.
+    pub v: &'a M,
+}
+
+/// Where each new row's key and value go.
+pub struct KvMut<'a, M> {
+    /// Keys.
+    pub k: &'a mut M,
+    /// Values.
+    pub v: &'a mut M,
+    /// Destination row of the first of them.
+    pub first_row: usize,
+}
+
+/// A device that can run the layers. One value per rank; it owns its threads or its stream.
+///
+/// Operations are issued in order and may be asynchronous; only the methods that return host data wait for them.
+pub trait Backend: Send + Sync {
+    /// Activations, keys, values: `[rows, cols]` in the compute type.
+    type Matrix: Send + Sync;
+    /// f32 scores or log-sum-exps: `[rows, cols]`.
+    type Scores: Send + Sync;
+    /// Row numbers chosen by [`Backend::top_k`]: `[kv_heads, k]`, ascending in each row.
+    type Rows: Send + Sync;
+    /// A matrix of weights, in whatever form the device computes with fastest.
+    type Weight: Send + Sync;
+
+    /// Name for people: `cpu`, `cuda:0`.
+    fn name(&self) -> String;
+
+    /// Puts a weight on the device. Non-finite elements are an error (`Shape`, naming the element).
+    fn weight(&self, view: WeightView<'_>) -> Result<Self::Weight, BackendError>;
+    /// As [`Backend::weight`] for several matrices stacked by rows (q, k and v; gate and up).
+    fn weight_stacked(&self, views: &[WeightView<'_>]) -> Result<Self::Weight, BackendError>;
+    /// An activation matrix; contents undefined.
+    fn matrix(&self, rows: usize, cols: usize) -> Result<Self::Matrix, BackendError>;
+    /// A score matrix; contents undefined.
+    fn scores(&self, rows: usize, cols: usize) -> Result<Self::Scores, BackendError>;
+
+    /// `x[i] = table[ids[i]]`, into the first `ids.len()` rows.
+    fn embed(&self, table: &Self::Weight, ids: &[u32], x: &mut Self::Matrix) -> Result<(), BackendError>;
+    /// `out = x / rms(x) * w`, for the first `rows` rows; the mean of squares in f32.
+    fn rms_norm(
+        &self,
+        rows: usize,
+        x: &Self::Matrix,
+        w: &Self::Weight,
+        epsilon: f32,
+        out: &mut Self::Matrix,
+    ) -> Result<(), BackendError>;
+    /// `out = x wᵀ (+ bias)`, or `out += …` if `accumulate` (the residual), for the first `rows` rows.
+    fn linear(
+        &self,
+        rows: usize,
+        x: &Self::Matrix,
+        w: &Self::Weight,
+        bias: Option<&Self::Weight>,
+        accumulate: bool,
+        out: &mut Self::Matrix,
+    ) -> Result<(), BackendError>;
+    /// `x += w_down · (silu(gate) * up)` with `[gate; up] = w_gate_up · h`, for the first `rows` rows, in chunks of rows so
+    /// that no `[rows, 2 * width]` matrix is needed. `h` is the normed input.
+    fn mlp(
+        &self,
+        rows: usize,
+        h: &Self::Matrix,
+        gate_up: &Self::Weight,
+        down: &Self::Weight,
+        x: &mut Self::Matrix,
+    ) -> Result<(), BackendError>;
+
+    /// Rotates q and k of rows `rows` of `qkv` in place (the half-split form of Hugging Face: element `i` pairs with
+    /// `i + head_dim/2`) and copies the rotated keys and the values to `kv`. `positions[j]` belongs to row `rows.start + j`;
+    /// `inv_freq` has `head_dim / 2` entries in radians per position; `scale` multiplies sine and cosine (yarn's attention factor).
+    #[allow(clippy::too_many_arguments)]
+    fn rope_store(
+        &self,
+        shape: HeadShape,
+        rows: Range<usize>,
+        positions: &[u32],
+        inv_freq: &[f32],
+        scale: f32,
+        qkv: &mut Self::Matrix,
+        kv: KvMut<'_, Self::Matrix>,
+    ) -> Result<(), BackendError>;
+
+    /// Retaining-head scores `out[h, i] = w2[h] · silu(w1 · qkv[i])` for the first `rows` rows, before RoPE: `out` is `[kv_heads, rows]`.
+    fn retaining_scores(
+        &self,
+        rows: usize,
+        qkv: &Self::Matrix,
+        w1: &Self::Weight,
+        w2: &Self::Weight,
+        out: &mut Self::Scores,
+    ) -> Result<(), BackendError>;
+    /// Query-aware scores: `out[h, i]` is the mean over the query rows and the query heads of group `h` of `q · k`, both after
+    /// RoPE, scaled by `1/sqrt(head_dim)`. Queries are rows `queries` of `q_qkv`; keys are rows `0..rows` of `k`.
+    fn query_aware_scores(
+        &self,
+        shape: HeadShape,
+        queries: Range<usize>,
+        q_qkv: &Self::Matrix,
+        rows: usize,
+        k: &Self::Matrix,
+        out: &mut Self::Scores,
+    ) -> Result<(), BackendError>;
+    /// Puts given scores (`[rows, cols]`, row-major) on the device; what random selection uses.
+    fn set_scores(&self, values: &[f32], out: &mut Self::Scores) -> Result<(), BackendError>;
+    /// For each KV head, the `k` best of the columns `candidates` after a max-pool of 5 over the sequence made of the columns
+    /// `before` followed by `candidates` (a host's anchor and its local block); of equals the lowest column wins. Columns `excluded`
+    /// (a prefix of `candidates`) take part in the pooling but are never chosen. `pool` = false leaves the pooling out.
+    fn top_k(
+        &self,
+        scores: &Self::Scores,
+        before: Range<usize>,
+        candidates: Range<usize>,
+        excluded: usize,
+        k: usize,
+        pool: bool,
+    ) -> Result<Self::Rows, BackendError>;
+    /// Copies the chosen rows: `dst[first_row + i, h] = src[chosen[h][i] - source_offset, h]` for keys and values. Rows
+    /// are numbered as in the scores; `source_offset` is the score column of row 0 of `src`.
+    fn gather_kv(
+        &self,
+        shape: HeadShape,
+        chosen: &Self::Rows,
+        source_offset: usize,
+        src: KvRef<'_, Self::Matrix>,
+        dst: KvMut<'_, Self::Matrix>,
+    ) -> Result<(), BackendError>;
+
+    /// Softmax attention of every task, scaled by `1/sqrt(head_dim)`; GQA. `q` is a packed qkv matrix or a `[_, heads * head_dim]` one (its
+    /// first columns are the queries). Writes `out[row, head * head_dim ..]` and, if asked for, `lse[row, head]` (natural
+    /// log) for the query rows of the tasks. Rows belong to at most one task.
+    fn attention(
+        &self,
+        shape: HeadShape,
+        q: &Self::Matrix,
+        sources: &[KvRef<'_, Self::Matrix>],
+        tasks: &[AttentionTask],
+        out: &mut Self::Matrix,
+        lse: Option<&mut Self::Scores>,
+    ) -> Result<(), BackendError>;
+    /// Merges a partial result into another over the first `rows` rows: `out = e^(lse - m) out + e^(lse_p - m) part`, normalised, and
+    /// `lse = m + ln(…)`. `part_first_row` is where the partial's rows start in `part` and `part_lse`. Rows whose LSEs are both -inf stay 0.
+    #[allow(clippy::too_many_arguments)]
+    fn merge(
+        &self,
+        shape: HeadShape,
+        rows: Range<usize>,
+        out: &mut Self::Matrix,
+        lse: &mut Self::Scores,
+        part: &Self::Matrix,
+        part_lse: &Self::Scores,
+        part_first_row: usize,
+    ) -> Result<(), BackendError>;
+
+    /// `dst[dst_row + i] = src[src_row + i]` for `rows` rows.
+    fn copy_rows(
+        &self,
+        src: &Self::Matrix,
+        src_row: usize,
+        rows: usize,
+        dst: &mut Self::Matrix,
+        dst_row: usize,
+    ) -> Result<(), BackendError>;
+    /// Final norm and language-model head of one row: `vocab` logits, on the host.
+    fn logits(
+        &self,
+        x: &Self::Matrix,
+        row: usize,
+        norm: &Self::Weight,
+        epsilon: f32,
+        head: &Self::Weight,
+    ) -> Result<Vec<f32>, BackendError>;
+
+    /// Waits until everything issued has been done, and reports a device error if there was one.
+    fn synchronize(&self) -> Result<(), BackendError>;
+}

@@ -1,0 +1,54 @@
+//! Collectives between the ranks of one prefill.
+//!
+//! A [`Comm`] moves rows of the backend's matrices. Collectives are started and awaited apart, so that a backend can hide
+//! them behind attention. Every call is made by every rank, in the same order; a rank that fails calls [`Comm::abort`], and from then on
+//! every call of every rank, also one that is already waiting, returns [`CommError::Aborted`].
+//!
+//! Invariant: no rank can hang: every wait ends by its deadline, by an abort, or because a peer is gone.
+
+pub mod local;
+
+/// Why a collective did not complete.
+#[derive(Debug, Clone, thiserror::Error)]
+pub enum CommError {
+    /// Some rank gave up; the first reason given.
+    #[error("rank {rank} aborted: {reason}")]
+    Aborted { rank: usize, reason: String },
+    /// The other ranks did not come in time.
+    #[error("{op}: rank {rank} waited {seconds} s for the other ranks")]
+    TimedOut { op: &'static str, rank: usize, seconds: u64 },
+    /// The ranks disagree on sizes or on which collective this is: a mistake in the caller.
+    #[error("{op}: rank {rank} expected {expected}, a peer came with {got}")]
+    Mismatch { op: &'static str, rank: usize, expected: String, got: String },
+    /// The device failed.
+    #[error("{op}: the device failed: {reason}")]
+    Device { op: &'static str, reason: String },
+}
+
+/// One rank's end of a communicator over matrices of type `M` and score matrices of type `S`.
+pub trait Comm<M, S>: Send {
+    /// A collective that has been started.
+    type Pending;
+
+    /// This rank, `0..size()`.
+    fn rank(&self) -> usize;
+    /// Number of ranks.
+    fn size(&self) -> usize;
+
+    /// Starts an in-place all-gather: rank `r` has written its `counts[r]` rows at row `counts[..r].sum()` of `rows`; afterwards every
+    /// rank has all of them. The matrix is handed back by [`Comm::finish`].
+    fn all_gather(&self, rows: M, counts: &[usize]) -> Result<Self::Pending, CommError>;
+    /// Starts sending rows `0..send_rows` of `rows` to the next rank (`rank + 1`, the last to 0) and receiving the previous rank's
+    /// (`receive_rows` of them) into the same matrix; one step of a ring.
+    fn rotate(&self, rows: M, send_rows: usize, receive_rows: usize) -> Result<Self::Pending, CommError>;
+    /// Awaits a started collective.
+    fn finish(&self, pending: Self::Pending) -> Result<M, CommError>;
+    /// In-place all-gather of scores, awaited at once; `counts` as above.
+    fn all_gather_scores(&self, rows: &mut S, counts: &[usize]) -> Result<(), CommError>;
+    /// Every rank returns what `root` gave.
+    fn broadcast(&self, root: usize, value: u64) -> Result<u64, CommError>;
+    /// Returns when every rank has called it.
+    fn barrier(&self) -> Result<(), CommError>;
+    /// Ends the communicator for every rank; the first reason is kept.
+    fn abort(&self, reason: &str);
+}

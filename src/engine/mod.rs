@@ -1,0 +1,101 @@
+//! The engine: one layer loop for prefill, query and decode, over `Backend` and `Comm`.
+//!
+//! Invariant: knows no queue, no store and no document; tokens in, tokens out.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+use crate::generate::{GenerationOptions, StopReason};
+use crate::plan::{AttentionRequest, PrefillPlan};
+
+/// One prefill with its generation. Serialisable: it crosses the socket to the engine's process.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct InferRequest {
+    /// Tokens up to the end of the document.
+    pub context: Vec<u32>,
+    /// Tokens after it: instruction and generation prompt. Not empty.
+    pub query: Vec<u32>,
+    /// Context tokens that stand before the document (BOS, header); the anchor's query follows them.
+    pub query_at: usize,
+    /// Strategy.
+    pub attention: AttentionRequest,
+    /// Sampling and stopping.
+    pub generation: GenerationOptions,
+}
+
+/// What came out.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct InferOutcome {
+    /// Generated tokens, without the stop token.
+    pub tokens: Vec<u32>,
+    /// Their text, special tokens left out.
+    pub text: String,
+    /// Why it ended.
+    pub stop: StopReason,
+    /// The plan that was used.
+    pub plan: PrefillPlan,
+    /// Context through all layers.
+    pub prefill: Duration,
+    /// Query and generated tokens.
+    pub generate: Duration,
+}
+
+/// Where an inference is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "stage")]
+pub enum Progress {
+    /// Layers of the context done.
+    Prefill { layers_done: usize, layers: usize },
+    /// Tokens generated.
+    Generate { tokens: usize, at_most: usize },
+}
+
+/// What a caller has to know before it asks.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct EngineInfo {
+    /// Name of the model, for results.
+    pub model: String,
+    /// Digest over config, weights and heads (what makes two results comparable).
+    pub model_digest: String,
+    /// Positions at most: context + query + generated.
+    pub max_tokens: usize,
+    /// Whether the model has retaining heads.
+    pub has_retaining_heads: bool,
+    /// Name of the device or devices.
+    pub device: String,
+}
+
+/// Why an inference gave nothing.
+#[derive(Debug, Clone, PartialEq, thiserror::Error, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "error")]
+pub enum EngineError {
+    /// The request can never work on this model: too long, empty query, a token outside the vocabulary.
+    #[error("{reason}")]
+    Input { reason: String },
+    /// The context does not fit into the memory there is.
+    #[error("the context of {tokens} tokens needs {needed_bytes} bytes, the engine has {available_bytes}")]
+    Memory { tokens: usize, needed_bytes: u64, available_bytes: u64 },
+    /// The caller cancelled it.
+    #[error("cancelled")]
+    Cancelled,
+    /// The model gave something unusable (non-finite logits).
+    #[error("the model failed: {reason}")]
+    Model { reason: String },
+    /// The device or a rank failed: the engine has to be replaced.
+    #[error("the engine failed: {reason}")]
+    Device { reason: String },
+}
+
+/// Called from the engine's thread between layers and tokens; returning `false` cancels the inference.
+pub type Observer<'a> = &'a (dyn Fn(Progress) -> bool + Sync);
+
+/// An engine that is ready. Calls block; the pipeline gives them a thread.
+pub trait Engine: Send + Sync {
+    /// What it serves.
+    fn info(&self) -> EngineInfo;
+    /// The plan that [`Engine::infer`] would use, or why it would refuse.
+    fn plan(&self, context: usize, query: usize, request: &AttentionRequest) -> Result<PrefillPlan, EngineError>;
+    /// Runs one request to its end.
+    fn infer(&self, request: &InferRequest, observer: Observer<'_>) -> Result<InferOutcome, EngineError>;
+}

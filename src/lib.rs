@@ -1,0 +1,10 @@
+//! apbd: batch processing of long documents with APB, sequence-parallel approximate attention.
+//!
+//! The modules are listed in the order in which a document travels; `README.md` has the map.
+
+pub mod backend;
+pub mod comm;
+pub mod engine;
+pub mod generate;
+pub mod model;
+pub mod plan;

@@ -1,0 +1,3 @@
+//! Arguments, configuration, telemetry, command, exit code.
+
+fn main() {}

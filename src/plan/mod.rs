@@ -1,0 +1,115 @@
+//! How a context is cut into hosts: local blocks, anchor, passing blocks, and who runs what. Pure.
+//!
+//! Invariant: no I/O, no model, no device; a plan follows from the numbers alone, and every token of the context is in
+//! exactly one local block.
+
+use std::ops::Range;
+
+use serde::{Deserialize, Serialize};
+
+/// Attention strategy of a prefill.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AttentionMode {
+    /// Exact causal attention on one host.
+    Full,
+    /// Exact causal attention; key/value blocks rotate between the ranks.
+    Ring,
+    /// Approximate: anchor of the first context tokens, no passing blocks.
+    Star,
+    /// Approximate: anchor with the query in it, and compressed passing blocks.
+    Apb,
+}
+
+impl AttentionMode {
+    /// Whether the result equals that of full attention up to rounding, whatever the numbers of the plan.
+    pub fn is_exact(self) -> bool {
+        matches!(self, Self::Full | Self::Ring)
+    }
+}
+
+/// How the tokens of a compressed block are chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", tag = "kind")]
+pub enum Selector {
+    /// The model's trained retaining heads.
+    RetainingHead,
+    /// Mean attention score of the query's tokens; needs no training.
+    QueryAware,
+    /// Scores drawn at random; an ablation.
+    Random {
+        /// Seed of the draw; the same for every number of ranks.
+        seed: u64,
+    },
+    /// No passing blocks.
+    None,
+}
+
+/// What a caller asks for; what is absent is chosen from the length (`auto`).
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AttentionRequest {
+    /// Strategy; absent: full under about 8K tokens, APB above.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mode: Option<AttentionMode>,
+    /// Hosts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hosts: Option<usize>,
+    /// Anchor length in tokens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub anchor: Option<usize>,
+    /// Passing length: tokens of each compressed block, per KV head.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub passing: Option<usize>,
+    /// Selector; absent: retaining heads if the model has them, else query-aware.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub selector: Option<Selector>,
+    /// Whether the anchor holds the query (APB); absent: yes. An ablation.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub query_in_anchor: Option<bool>,
+}
+
+/// The anchor block: `context[..head] ++ query ++ context[head..head + tail]`, at positions `0..len`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Anchor {
+    /// Context tokens before the query: `query_at` (all `len` of them if the query is left out).
+    pub head: usize,
+    /// Whether the whole query follows the head.
+    pub has_query: bool,
+    /// Context tokens after the query.
+    pub tail: usize,
+    /// Tokens in all.
+    pub len: usize,
+}
+
+/// One sequence-parallel part of a plan.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Host {
+    /// Tokens of the context, and their positions.
+    pub local: Range<usize>,
+    /// Local tokens at the start that are never selected (host 0: the anchor's length).
+    pub excluded: usize,
+    /// Rows of this host's compressed block: `min(passing, local.len() - excluded)`; 0 for the last host.
+    pub compressed: usize,
+}
+
+/// A context cut into hosts.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PrefillPlan {
+    /// Strategy.
+    pub mode: AttentionMode,
+    /// Tokens of the context (n).
+    pub context: usize,
+    /// Tokens of the query (|q|).
+    pub query: usize,
+    /// The hosts, in the order of their blocks; none is empty.
+    pub hosts: Vec<Host>,
+    /// The anchor of every host after the first; absent for full and ring, and with one host.
+    pub anchor: Option<Anchor>,
+    /// How compressed blocks are chosen.
+    pub selector: Selector,
+    /// Whether the result equals full attention's up to rounding (also an APB plan with one host).
+    pub exact: bool,
+    /// What differs from what was asked, in words: fewer hosts, query left out of the anchor.
+    pub notes: Vec<String>,
+}
