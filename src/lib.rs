@@ -3,8 +3,10 @@
 //! The modules are listed in the order in which a document travels; `README.md` has the map.
 
 pub mod backend;
+pub mod cli;
 pub mod comm;
 pub mod engine;
 pub mod generate;
 pub mod model;
 pub mod plan;
+pub mod telemetry;
