@@ -7,6 +7,8 @@ pub mod cli;
 pub mod comm;
 pub mod engine;
 pub mod generate;
+pub mod job;
 pub mod model;
 pub mod plan;
+pub mod store;
 pub mod telemetry;
