@@ -30,9 +30,9 @@ pub fn clean_json(value: &mut Value) -> bool {
                 true
             }
         },
-        Value::Array(items) => items.iter_mut().fold(false, |changed, item| clean_json(item) || changed),
+        Value::Array(items) => clean_all(items.iter_mut()),
         Value::Object(fields) => {
-            let mut changed = fields.values_mut().fold(false, |changed, item| clean_json(item) || changed);
+            let mut changed = clean_all(fields.values_mut());
             if fields.keys().any(|name| needs_cleaning(name)) {
                 *fields =
                     std::mem::take(fields).into_iter().map(|(name, item)| (clean(&name).into_owned(), item)).collect();
@@ -42,6 +42,11 @@ pub fn clean_json(value: &mut Value) -> bool {
         }
         Value::Null | Value::Bool(_) | Value::Number(_) => false,
     }
+}
+
+/// Every one of them, not only up to the first that needed it.
+fn clean_all<'a>(items: impl Iterator<Item = &'a mut Value>) -> bool {
+    items.filter_map(|item| clean_json(item).then_some(())).count() > 0
 }
 
 #[cfg(test)]
