@@ -8,6 +8,8 @@ pub mod comm;
 pub mod document;
 pub mod engine;
 pub mod generate;
+pub mod job;
 pub mod model;
 pub mod plan;
+pub mod store;
 pub mod telemetry;
