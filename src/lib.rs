@@ -5,6 +5,7 @@
 pub mod backend;
 pub mod cli;
 pub mod comm;
+pub mod document;
 pub mod engine;
 pub mod generate;
 pub mod job;
