@@ -183,7 +183,10 @@ fn odd_share(decoded: &Decoded) -> Option<String> {
         odd += usize::from(c == '\u{FFFD}' || c.is_control() && !matches!(c, '\n' | '\t' | '\u{C}' | '\u{1B}'));
     }
     (odd * CLEAN_CHARS_PER_ODD_ONE > all).then(|| {
-        format!("no text: {odd} of {all} characters are unreadable as {}, the likeliest encoding", decoded.encoding.name())
+        format!(
+            "no text: {odd} of {all} characters are unreadable as {}, the likeliest encoding",
+            decoded.encoding.name()
+        )
     })
 }
 

@@ -2,6 +2,8 @@
 //!
 //! Invariant: knows files and shapes; no queue, store, document or plan.
 
+pub mod weights;
+
 use crate::backend::HeadShape;
 
 /// What the layer loop has to know of a model; everything checked, nothing defaulted silently.
@@ -29,8 +31,6 @@ pub struct ModelSpec {
     pub qkv_bias: bool,
     /// The output projection has a bias.
     pub o_bias: bool,
-    /// The MLP has biases.
-    pub mlp_bias: bool,
     /// The head is the embedding.
     pub tied_embeddings: bool,
     /// Tokens that end generation (from generation_config.json, else config.json).

@@ -15,7 +15,9 @@ pub enum Role {
     /// A heading of this level.
     Heading(usize),
     /// A list, numbered or not.
-    List { ordered: bool },
+    List {
+        ordered: bool,
+    },
     /// An entry of a list.
     Item,
     /// Text whose white space counts.
@@ -51,11 +53,11 @@ pub fn role(name: &str) -> Role {
         "img" => Role::Image,
         "main" => Role::Main,
         "title" => Role::Title,
-        "script" | "style" | "template" | "noscript" | "noembed" | "noframes" | "iframe" | "object" | "canvas" | "audio"
-        | "video" | "svg" | "nav" | "button" | "select" | "datalist" | "textarea" | "rp" => Role::Hidden,
-        "p" | "div" | "address" | "article" | "aside" | "blockquote" | "body" | "caption" | "center" | "dd" | "details"
-        | "dialog" | "dl" | "dt" | "fieldset" | "figcaption" | "figure" | "footer" | "form" | "header" | "hgroup" | "hr"
-        | "html" | "legend" | "optgroup" | "option" | "search" | "section" | "summary" => Role::Block,
+        "script" | "style" | "template" | "noscript" | "noembed" | "noframes" | "iframe" | "object" | "canvas"
+        | "audio" | "video" | "svg" | "nav" | "button" | "select" | "datalist" | "textarea" | "rp" => Role::Hidden,
+        "p" | "div" | "address" | "article" | "aside" | "blockquote" | "body" | "caption" | "center" | "dd"
+        | "details" | "dialog" | "dl" | "dt" | "fieldset" | "figcaption" | "figure" | "footer" | "form" | "header"
+        | "hgroup" | "hr" | "html" | "legend" | "optgroup" | "option" | "search" | "section" | "summary" => Role::Block,
         _ => Role::Inline,
     }
 }
@@ -78,7 +80,19 @@ pub fn is_hidden(name: &str, attributes: &[Attribute]) -> bool {
 pub fn is_void(name: &str) -> bool {
     matches!(
         name,
-        "area" | "base" | "br" | "col" | "embed" | "hr" | "img" | "input" | "link" | "meta" | "source" | "track" | "wbr"
+        "area"
+            | "base"
+            | "br"
+            | "col"
+            | "embed"
+            | "hr"
+            | "img"
+            | "input"
+            | "link"
+            | "meta"
+            | "source"
+            | "track"
+            | "wbr"
     )
 }
 

@@ -21,10 +21,7 @@ fn structure_becomes_markdown() {
         ("a<br>b<br/>c", "a\nb\nc"),
         ("<pre><code>fn x() {\n    y &lt; 1\n}\n</code></pre><p>z", "```\nfn x() {\n    y < 1\n}\n```\n\nz"),
         ("<pre></pre>x", "x"),
-        (
-            "<table><tr><th>k<th>v<tr><td>a<td><p>b</p><p>c</p></table>d",
-            "| k | v |\n| a | b c |\n\nd",
-        ),
+        ("<table><tr><th>k<th>v<tr><td>a<td><p>b</p><p>c</p></table>d", "| k | v |\n| a | b c |\n\nd"),
         ("<table><tr><td></td><td>x</td><td></td></tr></table>", "|  | x |  |"),
         ("<p>see <a href=z>the <b>link</b></a>.<img src=i alt='A cat'></p>", "see the link.A cat"),
         ("<dl><dt>t<dd>d<dt>u<dd>e</dl>", "t\n\nd\n\nu\n\ne"),
