@@ -94,8 +94,14 @@ pub type Observer<'a> = &'a (dyn Fn(Progress) -> bool + Sync);
 pub trait Engine: Send + Sync {
     /// What it serves.
     fn info(&self) -> EngineInfo;
-    /// The plan that [`Engine::infer`] would use, or why it would refuse.
-    fn plan(&self, context: usize, query: usize, request: &AttentionRequest) -> Result<PrefillPlan, EngineError>;
+    /// The plan that [`Engine::infer`] would use for so many tokens, or why it would refuse. `query_at` as in [`InferRequest`].
+    fn plan(
+        &self,
+        context: usize,
+        query: usize,
+        query_at: usize,
+        request: &AttentionRequest,
+    ) -> Result<PrefillPlan, EngineError>;
     /// Runs one request to its end.
     fn infer(&self, request: &InferRequest, observer: Observer<'_>) -> Result<InferOutcome, EngineError>;
 }

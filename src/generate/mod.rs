@@ -2,6 +2,8 @@
 //!
 //! Invariant: works on logits and token ids on the host; knows no device and no rank.
 
+pub mod constraint;
+
 use serde::{Deserialize, Serialize};
 
 /// How tokens are chosen and when to stop.
