@@ -3,6 +3,9 @@
 //! Invariant: works on logits and token ids on the host; knows no device and no rank.
 
 pub mod constraint;
+pub mod generator;
+pub mod sampler;
+pub mod stop;
 
 use serde::{Deserialize, Serialize};
 
