@@ -2,7 +2,21 @@
 //!
 //! Invariant: knows no queue, no store and no document; tokens in, tokens out.
 
+mod attention;
+mod control;
+mod decode;
+mod infer;
+mod kv;
+mod prefill;
+mod rank;
+mod ranks;
+
 use std::time::Duration;
+
+pub use control::Driver;
+pub use infer::{Job, Timing};
+pub use rank::{Rank, RankError};
+pub use ranks::run;
 
 use serde::{Deserialize, Serialize};
 
