@@ -99,7 +99,7 @@ mod tests {
         // Probabilities 1/7, 2/7 and 4/7 at temperature 2.
         let logits = [0.0, 2.0 * 2f32.ln(), 2.0 * 4f32.ln()];
         let mut sampler = sampler(2.0, 1.0, 7);
-        let mut counts = [0.0; 3];
+        let mut counts = [0f64; 3];
         for _ in 0..7000 {
             counts[sampler.choose(&logits).unwrap() as usize] += 1.0;
         }
