@@ -11,8 +11,8 @@ use super::attention::blocks::BlockAttention;
 use super::attention::ring::RingAttention;
 use super::control::Control;
 use super::infer::Job;
-use super::kv::KvCache;
-use super::rank::{Activations, KeyValues, Rank, RankError};
+use super::kv::{KeyValues, KvCache};
+use super::rank::{Activations, Rank, RankError};
 
 /// What the layer loop works on; buffers are reused by every layer.
 pub(super) struct PrefillState<B: Backend> {
