@@ -1,59 +1,86 @@
-//! What the CPU backend computes on: row-major f32 matrices, and weights converted to f32 when they are loaded.
+//! What the CPU computes with: dense row-major f32 matrices.
 //!
 //! Invariant: `data.len() == rows * cols`.
 
 use std::ops::Range;
 
-use half::{bf16, f16};
+use crate::backend::BackendError;
 
-use crate::backend::{BackendError, DType, WeightView};
-
-/// Activations, keys or values.
-#[derive(Debug, Clone)]
+/// Activations, keys, values: `[rows, cols]`, row-major, one row a token.
+#[derive(Debug, Clone, PartialEq)]
 pub struct Matrix {
     rows: usize,
     cols: usize,
     data: Vec<f32>,
 }
 
+/// Scores or log-sum-exps: `[rows, cols]`, row-major.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Scores(Matrix);
+
+/// Row numbers chosen for each KV head: `[kv_heads, k]`, ascending in each row.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rows {
+    chosen: Vec<Vec<u32>>,
+}
+
 impl Matrix {
-    /// Zeros.
-    pub fn new(rows: usize, cols: usize) -> Self {
+    /// A matrix of zeros.
+    pub fn zeros(rows: usize, cols: usize) -> Self {
         Self { rows, cols, data: vec![0.0; rows * cols] }
     }
 
-    /// Rows.
+    /// A matrix of zeros, or an error where there is no memory for it.
+    pub(super) fn allocate(op: &'static str, rows: usize, cols: usize) -> Result<Self, BackendError> {
+        let length = rows.saturating_mul(cols);
+        let mut data = Vec::new();
+        data.try_reserve_exact(length)
+            .map_err(|_| BackendError::OutOfMemory { op, bytes: length.saturating_mul(size_of::<f32>()) })?;
+        data.resize(length, 0.0);
+        Ok(Self { rows, cols, data })
+    }
+
+    /// A matrix with these elements.
+    ///
+    /// # Panics
+    /// If `data` has not `rows * cols` elements.
+    pub fn from_vec(rows: usize, cols: usize, data: Vec<f32>) -> Self {
+        assert_eq!(data.len(), rows * cols, "a {rows} x {cols} matrix");
+        Self { rows, cols, data }
+    }
+
+    /// Number of rows.
     pub fn rows(&self) -> usize {
         self.rows
     }
 
-    /// Columns.
+    /// Elements of a row.
     pub fn cols(&self) -> usize {
         self.cols
     }
 
-    /// All elements, row by row.
+    /// All elements, row after row.
     pub fn data(&self) -> &[f32] {
         &self.data
     }
 
-    /// All elements, row by row.
+    /// All elements, row after row.
     pub fn data_mut(&mut self) -> &mut [f32] {
         &mut self.data
     }
 
     /// One row.
     pub fn row(&self, row: usize) -> &[f32] {
-        &self.data[row * self.cols..][..self.cols]
+        &self.data[row * self.cols..(row + 1) * self.cols]
     }
 
     /// A run of rows.
-    pub fn rows_in(&self, rows: Range<usize>) -> &[f32] {
+    pub(super) fn rows_in(&self, rows: Range<usize>) -> &[f32] {
         &self.data[rows.start * self.cols..rows.end * self.cols]
     }
 
     /// A run of rows.
-    pub fn rows_in_mut(&mut self, rows: Range<usize>) -> &mut [f32] {
+    pub(super) fn rows_in_mut(&mut self, rows: Range<usize>) -> &mut [f32] {
         &mut self.data[rows.start * self.cols..rows.end * self.cols]
     }
 
@@ -65,39 +92,52 @@ impl Matrix {
         let got = format!("[{}, {}]", self.rows, self.cols);
         Err(BackendError::Shape { op, expected: format!("[at least {rows}, {cols}]"), got })
     }
+
+    /// One row.
+    pub fn row_mut(&mut self, row: usize) -> &mut [f32] {
+        &mut self.data[row * self.cols..(row + 1) * self.cols]
+    }
 }
 
-/// The weights of `views`, stacked by rows, as f32.
-pub(super) fn weight(views: &[WeightView<'_>]) -> Result<Matrix, BackendError> {
-    let cols = views.first().map_or(0, |view| view.cols);
-    let rows = views.iter().map(|view| view.rows).sum();
-    let mut data = Vec::with_capacity(rows * cols);
-    for view in views {
-        check(view, cols)?;
-        let first = data.len();
-        match view.dtype {
-            DType::F32 => data.extend(view.bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))),
-            DType::F16 => data.extend(view.bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32())),
-            DType::Bf16 => data.extend(view.bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32())),
-        }
-        if let Some(at) = data[first..].iter().position(|value: &f32| !value.is_finite()) {
-            let got = format!("{} at row {}, column {}", data[first + at], at / cols, at % cols);
-            return Err(BackendError::Shape { op: "weight", expected: "finite numbers".to_owned(), got });
-        }
+impl Scores {
+    /// Scores of zero.
+    pub fn zeros(rows: usize, cols: usize) -> Self {
+        Self(Matrix::zeros(rows, cols))
     }
-    Ok(Matrix { rows, cols, data })
+
+    pub(super) fn allocate(op: &'static str, rows: usize, cols: usize) -> Result<Self, BackendError> {
+        Matrix::allocate(op, rows, cols).map(Self)
+    }
+
+    /// Scores with these elements.
+    ///
+    /// # Panics
+    /// If `data` has not `rows * cols` elements.
+    pub fn from_vec(rows: usize, cols: usize, data: Vec<f32>) -> Self {
+        Self(Matrix::from_vec(rows, cols, data))
+    }
 }
 
-fn check(view: &WeightView<'_>, cols: usize) -> Result<(), BackendError> {
-    let size = match view.dtype {
-        DType::F32 => 4,
-        DType::F16 | DType::Bf16 => 2,
-    };
-    let expected = view.rows * view.cols * size;
-    if view.cols != cols || view.bytes.len() != expected {
-        let expected = format!("[{}, {cols}] in {expected} bytes", view.rows);
-        let got = format!("[{}, {}] in {} bytes", view.rows, view.cols, view.bytes.len());
-        return Err(BackendError::Shape { op: "weight", expected, got });
+impl std::ops::Deref for Scores {
+    type Target = Matrix;
+    fn deref(&self) -> &Matrix {
+        &self.0
     }
-    Ok(())
+}
+
+impl std::ops::DerefMut for Scores {
+    fn deref_mut(&mut self) -> &mut Matrix {
+        &mut self.0
+    }
+}
+
+impl Rows {
+    pub(super) fn new(chosen: Vec<Vec<u32>>) -> Self {
+        Self { chosen }
+    }
+
+    /// What each KV head chose, ascending.
+    pub fn chosen(&self) -> &[Vec<u32>] {
+        &self.chosen
+    }
 }

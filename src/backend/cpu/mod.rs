@@ -5,21 +5,18 @@
 mod attention;
 mod gemm;
 mod linear;
-pub mod matrix;
+mod matrix;
 mod rows;
 mod selection;
 #[cfg(test)]
 mod tests;
 mod vector;
+mod weight;
 
 use std::ops::Range;
 
 use super::{AttentionTask, Backend, BackendError, HeadShape, KvMut, KvRef, WeightView};
-pub use matrix::Matrix;
-pub use selection::Rows;
-
-/// Scores and log-sum-exps are matrices like all others here.
-pub type Scores = Matrix;
+pub use matrix::{Matrix, Rows, Scores};
 
 /// A CPU rank. Operations are done when they return.
 pub struct Cpu {
@@ -54,19 +51,19 @@ impl Backend for Cpu {
     }
 
     fn weight(&self, view: WeightView<'_>) -> Result<Matrix, BackendError> {
-        matrix::weight(&[view])
+        weight::load(&[view])
     }
 
     fn weight_stacked(&self, views: &[WeightView<'_>]) -> Result<Matrix, BackendError> {
-        matrix::weight(views)
+        weight::load(views)
     }
 
     fn matrix(&self, rows: usize, cols: usize) -> Result<Matrix, BackendError> {
-        Ok(Matrix::new(rows, cols))
+        Matrix::allocate("matrix", rows, cols)
     }
 
     fn scores(&self, rows: usize, cols: usize) -> Result<Scores, BackendError> {
-        Ok(Matrix::new(rows, cols))
+        Scores::allocate("scores", rows, cols)
     }
 
     fn embed(&self, table: &Matrix, ids: &[u32], x: &mut Matrix) -> Result<(), BackendError> {
@@ -204,15 +201,15 @@ impl Backend for Cpu {
         src: KvRef<'_, Matrix>,
         dst: KvMut<'_, Matrix>,
     ) -> Result<(), BackendError> {
-        same("gather_kv heads", shape.kv_heads, chosen.chosen.len())?;
-        let last = chosen.chosen.iter().filter_map(|rows| rows.last()).max();
+        same("gather_kv heads", shape.kv_heads, chosen.chosen().len())?;
+        let last = chosen.chosen().iter().filter_map(|rows| rows.last()).max();
         let rows = last.map_or(0, |&last| last as usize + 1);
-        let first = chosen.chosen.iter().filter_map(|rows| rows.first()).min();
+        let first = chosen.chosen().iter().filter_map(|rows| rows.first()).min();
         if first.is_some_and(|&first| (first as usize) < source_offset) {
             let expected = format!("columns from {source_offset}");
             return Err(BackendError::Shape { op: "gather_kv", expected, got: format!("{first:?}") });
         }
-        let k = chosen.chosen.iter().map(Vec::len).max().unwrap_or(0);
+        let k = chosen.chosen().iter().map(Vec::len).max().unwrap_or(0);
         for (from, to) in [(src.k, &*dst.k), (src.v, &*dst.v)] {
             from.expect("gather_kv source", rows.saturating_sub(source_offset), shape.kv_width())?;
             to.expect("gather_kv destination", dst.first_row + k, shape.kv_width())?;
@@ -246,7 +243,7 @@ impl Backend for Cpu {
             }
         }
         let inputs = attention::Inputs { shape, q, sources, tasks };
-        self.pool.install(|| attention::attention(&inputs, out, lse));
+        self.pool.install(|| attention::attention(&inputs, out, lse.map(|lse| &mut **lse)));
         Ok(())
     }
 

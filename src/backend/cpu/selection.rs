@@ -6,17 +6,12 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::matrix::Matrix;
+use super::matrix::{Matrix, Rows};
 use super::vector;
 use crate::backend::{HeadShape, KvMut, KvRef};
 
 /// Columns either side that the max-pool looks at.
 const POOL_REACH: usize = 2;
-
-/// Row numbers chosen for each KV head, ascending.
-pub struct Rows {
-    pub(super) chosen: Vec<Vec<u32>>,
-}
 
 /// `out[h, i]`: mean over the query rows and the query heads of group `h` of `q · k`, scaled by `1/sqrt(head_dim)`.
 /// The mean of products is the product with the mean.
@@ -57,7 +52,7 @@ pub(super) struct Candidates {
 pub(super) fn top_k(scores: &Matrix, candidates: &Candidates, k: usize, pool: bool) -> Rows {
     let chosen =
         scores.data().par_chunks_exact(scores.cols()).map(|scores| best(scores, candidates, k, pool)).collect();
-    Rows { chosen }
+    Rows::new(chosen)
 }
 
 fn best(scores: &[f32], candidates: &Candidates, k: usize, pool: bool) -> Vec<u32> {
@@ -93,7 +88,7 @@ pub(super) fn gather(
 ) {
     let dim = shape.head_dim;
     for (from, to) in [(src.k, dst.k), (src.v, dst.v)] {
-        for (head, rows) in chosen.chosen.iter().enumerate() {
+        for (head, rows) in chosen.chosen().iter().enumerate() {
             let columns = head * dim..(head + 1) * dim;
             for (i, &row) in rows.iter().enumerate() {
                 let to = to.rows_in_mut(dst.first_row + i..dst.first_row + i + 1);

@@ -14,15 +14,19 @@ fn cpu() -> Cpu {
 }
 
 fn random(rng: &mut StdRng, rows: usize, cols: usize) -> Matrix {
-    let mut matrix = Matrix::new(rows, cols);
+    let mut matrix = Matrix::zeros(rows, cols);
     matrix.data_mut().iter_mut().for_each(|value| *value = rng.random_range(-1.0..1.0));
     matrix
 }
 
 fn poisoned(rows: usize, cols: usize) -> Matrix {
-    let mut matrix = Matrix::new(rows, cols);
+    let mut matrix = Matrix::zeros(rows, cols);
     matrix.data_mut().fill(POISON);
     matrix
+}
+
+fn poisoned_scores(rows: usize, cols: usize) -> Scores {
+    Scores::from_vec(rows, cols, vec![POISON; rows * cols])
 }
 
 fn weight(matrix: &Matrix) -> Matrix {
@@ -154,7 +158,7 @@ fn retaining_and_query_aware_scores() {
     let rows = 131;
     let qkv = random(rng, rows, shape.qkv_width());
     let (w1, w2) = (random(rng, 10, shape.qkv_width()), random(rng, 2, 10));
-    let mut scores = poisoned(2, rows + 3);
+    let mut scores = poisoned_scores(2, rows + 3);
     cpu().retaining_scores(rows, &qkv, &w1, &w2, &mut scores).expect("fits");
     for row in 0..rows {
         let inner: Vec<f32> = (0..10).map(|i| silu(product(qkv.row(row), &w1, i)) as f32).collect();
@@ -212,10 +216,9 @@ proptest! {
         let candidates = anchor..values.len();
         let excluded = excluded.min(candidates.len());
         let k = k.min(candidates.len() - excluded);
-        let mut scores = Matrix::new(1, values.len());
-        scores.data_mut().copy_from_slice(&values);
+        let scores = Scores::from_vec(1, values.len(), values.clone());
         let rows = cpu().top_k(&scores, 0..anchor, candidates.clone(), excluded, k, pool).expect("fits");
-        prop_assert_eq!(&rows.chosen[0], &chosen_by_definition(&values, 0..anchor, candidates, excluded, k, pool));
+        prop_assert_eq!(&rows.chosen()[0], &chosen_by_definition(&values, 0..anchor, candidates, excluded, k, pool));
     }
 }
 
@@ -225,7 +228,7 @@ fn gathering_copies_each_head_of_its_own_rows() {
     let shape = HeadShape { heads: 2, kv_heads: 2, head_dim: 3 };
     let (k, v) = (random(rng, 10, 6), random(rng, 10, 6));
     let (mut to_k, mut to_v) = (poisoned(5, 6), poisoned(5, 6));
-    let chosen = Rows { chosen: vec![vec![5, 9], vec![6, 14]] };
+    let chosen = Rows::new(vec![vec![5, 9], vec![6, 14]]);
     let src = KvRef { k: &k, v: &v };
     cpu().gather_kv(shape, &chosen, 5, src, KvMut { k: &mut to_k, v: &mut to_v, first_row: 2 }).expect("fits");
     for (from, to) in [(&k, &to_k), (&v, &to_v)] {
@@ -233,7 +236,7 @@ fn gathering_copies_each_head_of_its_own_rows() {
         assert_eq!(to.row(3), [&from.row(4)[..3], &from.row(9)[3..]].concat());
         assert!(to.row(4)[0].is_nan(), "a row beyond the last was written");
     }
-    let beyond = Rows { chosen: vec![vec![5], vec![15]] };
+    let beyond = Rows::new(vec![vec![5], vec![15]]);
     let dst = KvMut { k: &mut to_k, v: &mut to_v, first_row: 0 };
     assert!(cpu().gather_kv(shape, &beyond, 5, KvRef { k: &k, v: &v }, dst).is_err());
 }
@@ -279,7 +282,7 @@ fn assert_attention(shape: HeadShape, source_rows: &[usize], tasks: &[AttentionT
     let kv: Vec<(Matrix, Matrix)> =
         source_rows.iter().map(|&n| (random(rng, n, shape.kv_width()), random(rng, n, shape.kv_width()))).collect();
     let sources: Vec<KvRef<'_, Matrix>> = kv.iter().map(|(k, v)| KvRef { k, v }).collect();
-    let (mut out, mut lse) = (poisoned(rows, shape.q_width()), poisoned(rows, shape.heads));
+    let (mut out, mut lse) = (poisoned(rows, shape.q_width()), poisoned_scores(rows, shape.heads));
     cpu().attention(shape, &q, &sources, tasks, &mut out, Some(&mut lse)).expect("fits");
     for task in tasks {
         for row in task.queries.clone() {
@@ -365,7 +368,7 @@ fn parts_merge_to_the_whole() {
     let (q, k, v) = (random(rng, 3, 16), random(rng, 50, 8), random(rng, 50, 8));
     let run = |rows: Range<usize>| {
         let task = AttentionTask { queries: 0..3, segments: vec![segment(0, rows, Mask::Full)] };
-        let (mut out, mut lse) = (poisoned(3, 16), poisoned(3, 2));
+        let (mut out, mut lse) = (poisoned(3, 16), poisoned_scores(3, 2));
         cpu().attention(shape, &q, &[KvRef { k: &k, v: &v }], &[task], &mut out, Some(&mut lse)).expect("fits");
         (out, lse)
     };
@@ -382,7 +385,8 @@ fn parts_merge_to_the_whole() {
 
 #[test]
 fn wrong_shapes_are_named() {
-    let mut out = Matrix::new(2, 3);
-    let error = cpu().linear(2, &Matrix::new(2, 4), &Matrix::new(3, 5), None, false, &mut out).expect_err("4 is not 5");
+    let mut out = Matrix::zeros(2, 3);
+    let error =
+        cpu().linear(2, &Matrix::zeros(2, 4), &Matrix::zeros(3, 5), None, false, &mut out).expect_err("4 is not 5");
     assert_eq!(error.to_string(), "linear: expected [at least 2, 5], got [2, 4]");
 }
