@@ -308,7 +308,8 @@ pub fn a_rank_that_never_comes_ends_the_wait_of_the_others<R: Ranks>(ranks: &R) 
 }
 
 pub fn ranks_that_disagree_are_told_so<R: Ranks>(ranks: &R) {
-    let wrong: [(&str, fn(&R, &R::C, usize) -> Result<(), CommError>); 5] = [
+    type Wrong<R, C> = fn(&R, &C, usize) -> Result<(), CommError>;
+    let wrong: [(&str, Wrong<R, R::C>); 5] = [
         ("counts", |ranks, comm, rank| {
             let counts = if rank == 1 { [1, 2, 1] } else { [1, 1, 1] };
             let matrix = ranks.matrix(comm, 4, 2, &[0.0; 8]);
@@ -343,7 +344,8 @@ pub fn ranks_that_disagree_are_told_so<R: Ranks>(ranks: &R) {
 }
 
 pub fn sizes_wrong_by_themselves_are_refused<R: Ranks>(ranks: &R) {
-    let bodies: [fn(&R, &R::C) -> Result<(), CommError>; 4] = [
+    type Body<R, C> = fn(&R, &C) -> Result<(), CommError>;
+    let bodies: [Body<R, R::C>; 4] = [
         |ranks, comm| comm.all_gather(ranks.matrix(comm, 2, 2, &[0.0; 4]), &[1, 2]).map(drop),
         |ranks, comm| comm.all_gather(ranks.matrix(comm, 2, 2, &[0.0; 4]), &[1]).map(drop),
         |ranks, comm| comm.rotate(ranks.matrix(comm, 2, 2, &[0.0; 4]), 3, 3).map(drop),
