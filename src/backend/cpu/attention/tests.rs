@@ -1,0 +1,1 @@
+//! Attention against a plain reference in f64.

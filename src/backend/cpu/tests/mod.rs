@@ -1,0 +1,1 @@
+//! Every operation against a plain reference in f64.
