@@ -22,13 +22,21 @@ pub trait Driver: Send {
 
 /// A rank's side of the agreement; the driver is there on the root alone.
 pub(super) struct Control<'a> {
-    pub driver: Option<&'a mut dyn Driver>,
+    driver: Option<&'a mut dyn Driver>,
+    /// Tokens chosen so far, and at most.
+    tokens: usize,
+    at_most: usize,
 }
 
 const STOP: u64 = 0;
 const GO_ON: u64 = 1;
 
-impl Control<'_> {
+impl<'a> Control<'a> {
+    /// For a generation of `at_most` tokens.
+    pub fn new(driver: Option<&'a mut dyn Driver>, at_most: usize) -> Self {
+        Self { driver, tokens: 0, at_most }
+    }
+
     /// Reports progress; all ranks return [`RankError::Cancelled`] if the caller does not want to go on.
     pub fn proceed<B: Backend, C: Comm<B::Matrix, B::Scores>>(
         &mut self,
@@ -42,25 +50,37 @@ impl Control<'_> {
         }
     }
 
-    /// The next token; all ranks get the same. `logits` is called on the root alone. Where the root fails, the others are
-    /// told to stop.
+    /// The next token; all ranks get the same. `logits` is called on the root alone. Where the root fails or is cancelled,
+    /// the others are told to stop.
     pub fn next<B: Backend, C: Comm<B::Matrix, B::Scores>>(
         &mut self,
         rank: &Rank<'_, B, C>,
         logits: impl FnOnce() -> Result<Vec<f32>, RankError>,
     ) -> Result<Step, RankError> {
-        let Some(driver) = &mut self.driver else {
+        if self.driver.is_none() {
             return Ok(match rank.comm.broadcast(ROOT, STOP)? {
                 STOP => Step::Stop,
                 token => Step::Continue((token - GO_ON) as u32),
             });
-        };
-        let step = driver.next(&mut logits()?);
+        }
+        let step = self.choose(logits()?);
         let word = match step {
             Ok(Step::Continue(token)) => GO_ON + u64::from(token),
             _ => STOP,
         };
         rank.comm.broadcast(ROOT, word)?;
-        Ok(step?)
+        step
+    }
+
+    fn choose(&mut self, mut logits: Vec<f32>) -> Result<Step, RankError> {
+        let Some(driver) = &mut self.driver else { return Ok(Step::Stop) };
+        let step = driver.next(&mut logits)?;
+        if let Step::Continue(_) = step {
+            self.tokens += 1;
+            if !driver.progress(Progress::Generate { tokens: self.tokens, at_most: self.at_most }) {
+                return Err(RankError::Cancelled);
+            }
+        }
+        Ok(step)
     }
 }

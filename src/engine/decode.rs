@@ -10,8 +10,8 @@ use crate::backend::{AttentionTask, Backend, Mask, Segment};
 use crate::comm::Comm;
 use crate::plan::{PrefillPlan, QUERY_CHUNK};
 
-use super::kv::KvCache;
-use super::rank::{Activations, KeyValues, Rank, RankError};
+use super::kv::{KeyValues, KvCache};
+use super::rank::{Activations, Rank, RankError};
 
 /// A prefilled context that tokens can be appended to.
 pub(super) struct Decoder<'r, 'a, B: Backend, C> {
@@ -123,10 +123,7 @@ impl<'r, 'a, B: Backend, C: Comm<B::Matrix, B::Scores>> Decoder<'r, 'a, B, C> {
     fn attend(&mut self, layer: usize, rows: usize, tasks: &[AttentionTask]) -> Result<(), RankError> {
         let (rank, backend, shape) = (self.rank, self.rank.backend, self.rank.shape());
         let hosts = self.plan.hosts.len();
-        let mut parts = match self.parts.take() {
-            Some(parts) => parts,
-            None => backend.matrix(rows * hosts, shape.q_width())?,
-        };
+        let mut parts = self.parts.take().expect("in place between collectives");
         for task in tasks {
             backend.copy_rows(&self.activations.qkv, 0, rows, &mut self.queries, task.queries.start)?;
         }

@@ -9,7 +9,6 @@ use crate::comm::Comm;
 use crate::generate::generator::Step;
 use crate::plan::PrefillPlan;
 
-use super::Progress;
 use super::control::{Control, Driver};
 use super::decode::Decoder;
 use super::prefill::prefill;
@@ -43,7 +42,7 @@ pub(super) fn infer<B: Backend, C: Comm<B::Matrix, B::Scores>>(
     job: &Job<'_>,
     driver: Option<&mut dyn Driver>,
 ) -> Result<Timing, RankError> {
-    let mut control = Control { driver };
+    let mut control = Control::new(driver, job.new_tokens);
     let start = Instant::now();
     let cache = prefill(rank, job, &mut control)?;
     rank.backend.synchronize()?;
@@ -51,10 +50,7 @@ pub(super) fn infer<B: Backend, C: Comm<B::Matrix, B::Scores>>(
     let prefilled = Instant::now();
     let mut decoder = Decoder::new(rank, job.plan, cache)?;
     decoder.append(job.query)?;
-    let mut tokens = 0;
     while let Step::Continue(token) = control.next(rank, || decoder.logits())? {
-        tokens += 1;
-        control.proceed(rank, Progress::Generate { tokens, at_most: job.new_tokens })?;
         decoder.append(&[token])?;
     }
     rank.backend.synchronize()?;

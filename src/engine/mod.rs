@@ -5,11 +5,13 @@
 mod attention;
 mod control;
 mod decode;
+pub mod devices;
 mod infer;
 mod kv;
 mod prefill;
 mod rank;
 mod ranks;
+mod service;
 
 use std::time::Duration;
 
@@ -17,11 +19,15 @@ pub use control::Driver;
 pub use infer::{Job, Timing};
 pub use rank::{Rank, RankError};
 pub use ranks::run;
+pub use service::{MAX_HOSTS, ModelEngine};
 
 use serde::{Deserialize, Serialize};
 
 use crate::generate::{GenerationOptions, StopReason};
 use crate::plan::{AttentionRequest, PrefillPlan};
+
+/// The retaining heads of a model that has them, in its directory.
+pub const HEADS_FILE: &str = "retaining_heads.safetensors";
 
 /// One prefill with its generation. Serialisable: it crosses the socket to the engine's process.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -11,8 +11,8 @@ use super::attention::blocks::BlockAttention;
 use super::attention::ring::RingAttention;
 use super::control::Control;
 use super::infer::Job;
-use super::kv::KvCache;
-use super::rank::{Activations, KeyValues, Rank, RankError};
+use super::kv::{KeyValues, KvCache};
+use super::rank::{Activations, Rank, RankError};
 
 /// What the layer loop works on; buffers are reused by every layer.
 pub(super) struct PrefillState<B: Backend> {
@@ -81,13 +81,18 @@ impl<B: Backend> PrefillState<B> {
         if rows > 0 {
             self.activations.project(rank.backend, rank.spec, weights, rows)?;
         }
-        if let Attention::Blocks(blocks) = attention {
+        // Of the last layer only keys and values are used: nothing reads the context's hidden state after it.
+        let is_last = layer + 1 == rank.spec.layers;
+        if let (Attention::Blocks(blocks), false) = (&mut *attention, is_last) {
             blocks.score_before_rope(rank, job.plan, layer, self)?;
         }
         if rows > 0 {
             self.rope(rank)?;
             let local = self.layout.local_rows();
             cache.layers[layer].copy_from(rank.backend, 0, &self.working, local.start, local.len())?;
+        }
+        if is_last {
+            return Ok(());
         }
         match attention {
             Attention::Blocks(blocks) => blocks.attend(rank, job.plan, self)?,

@@ -53,43 +53,6 @@ pub enum RankError {
     Driver(#[from] EngineError),
 }
 
-/// Keys and values of some rows, `[rows, kv_heads * head_dim]` each.
-pub(super) struct KeyValues<M> {
-    pub k: M,
-    pub v: M,
-}
-
-impl<M> KeyValues<M> {
-    /// Contents undefined; at least one row, because a device may not know empty matrices.
-    pub fn new<B: Backend<Matrix = M>>(backend: &B, shape: HeadShape, rows: usize) -> Result<Self, BackendError> {
-        let (rows, cols) = (rows.max(1), shape.kv_width());
-        Ok(Self { k: backend.matrix(rows, cols)?, v: backend.matrix(rows, cols)? })
-    }
-
-    /// Rows for attention.
-    pub fn view(&self) -> crate::backend::KvRef<'_, M> {
-        crate::backend::KvRef { k: &self.k, v: &self.v }
-    }
-
-    /// A place for new rows.
-    pub fn at(&mut self, first_row: usize) -> crate::backend::KvMut<'_, M> {
-        crate::backend::KvMut { k: &mut self.k, v: &mut self.v, first_row }
-    }
-
-    /// `self[row + i] = source[source_row + i]` for `rows` rows.
-    pub fn copy_from<B: Backend<Matrix = M>>(
-        &mut self,
-        backend: &B,
-        row: usize,
-        source: &Self,
-        source_row: usize,
-        rows: usize,
-    ) -> Result<(), BackendError> {
-        backend.copy_rows(&source.k, source_row, rows, &mut self.k, row)?;
-        backend.copy_rows(&source.v, source_row, rows, &mut self.v, row)
-    }
-}
-
 /// The activations of a run of rows, reused by every layer.
 pub(super) struct Activations<B: Backend> {
     /// The residual stream, `[rows, hidden]`.

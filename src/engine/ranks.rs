@@ -18,6 +18,15 @@ where
     B: Backend,
     C: Comm<B::Matrix, B::Scores>,
 {
+    if (job.context.len(), job.query.len()) != (job.plan.context, job.plan.query) {
+        let (context, query) = (job.plan.context, job.plan.query);
+        let reason = format!(
+            "the plan is for {context} tokens of context and {query} of query, there are {} and {}",
+            job.context.len(),
+            job.query.len()
+        );
+        return Err(EngineError::Input { reason });
+    }
     let mut driver = Some(driver);
     let outcomes = scope(|scope| {
         let mut threads = Vec::with_capacity(ranks.len());

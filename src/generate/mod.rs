@@ -6,6 +6,7 @@ pub mod constraint;
 pub mod generator;
 pub mod sampler;
 pub mod stop;
+pub mod vocabulary;
 
 use serde::{Deserialize, Serialize};
 

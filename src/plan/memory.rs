@@ -80,15 +80,15 @@ impl PrefillPlan {
         let rows = self.layout(rank, ranks).rows.max(1);
         let kv = 2 * model.kv_width();
         let working = rows * (model.row_elements() + kv);
-        let passing = 2 * kv * self.compressed();
-        let rotating = match self.mode {
-            AttentionMode::Ring => 2 * kv * self.longest_rank(ranks),
-            _ => 0,
-        };
-        // Partial attention over what comes from other ranks, merged by its log-sum-exps.
-        let partial = rows * model.q_width();
+        let passing = kv * self.compressed();
         let selection = if self.compressed() > 0 { scores(rows * model.kv_heads) } else { 0 };
-        model.activations(working + passing + rotating + partial) + 2 * scores(rows * model.heads) + selection
+        // What comes from other ranks is attended to apart, and merged by its log-sum-exps.
+        let is_ring = self.mode == AttentionMode::Ring && self.active_ranks(ranks) > 1;
+        let rotating = if is_ring { 2 * kv * self.longest_rank(ranks) } else { 0 };
+        let is_apart = is_ring || (ranks > 1 && self.compressed() > 0);
+        let partial = if is_apart { rows * model.q_width() } else { 0 };
+        let log_sums = if is_apart { 2 * scores(rows * model.heads) } else { 0 };
+        model.activations(working + passing + rotating + partial) + log_sums + selection
     }
 
     /// Partial results of every host for a chunk of the query, and what a row needs besides.
@@ -101,7 +101,7 @@ impl PrefillPlan {
     }
 
     /// Context tokens of the rank that has most.
-    pub(crate) fn longest_rank(&self, ranks: usize) -> usize {
+    fn longest_rank(&self, ranks: usize) -> usize {
         (0..self.active_ranks(ranks))
             .map(|rank| self.hosts[self.hosts_of(rank, ranks)].iter().map(|host| host.local.len()).sum())
             .max()

@@ -5,8 +5,9 @@
 
 use crate::backend::{AttentionTask, Backend, KvRef, Mask, Segment};
 use crate::comm::Comm;
+use crate::engine::kv::{KeyValues, Moving};
 use crate::engine::prefill::PrefillState;
-use crate::engine::rank::{KeyValues, Rank, RankError};
+use crate::engine::rank::{Rank, RankError};
 use crate::plan::{PrefillPlan, RankLayout};
 
 /// Buffers of the ring; absent with one rank, which has all blocks.
@@ -69,7 +70,7 @@ impl<B: Backend> RingAttention<B> {
             let holds = (me + ranks - step) % ranks;
             let comes = (me + ranks - step - 1) % ranks;
             let moving = match step < steps {
-                true => Some(self::start(rank, sent, held, self.lengths[holds], self.lengths[comes])?),
+                true => Some(send(rank, sent, held, self.lengths[holds], self.lengths[comes])?),
                 false => None,
             };
             if step == 0 {
@@ -78,8 +79,8 @@ impl<B: Backend> RingAttention<B> {
                 own.over(held.view(), self.lengths[holds], Mask::Full, part, Some(part_lse))?;
                 rank.backend.merge(rank.shape(), 0..rows, &mut activations.attended, lse, part, part_lse, 0)?;
             }
-            if let Some((k, v)) = moving {
-                let arrived = KeyValues { k: rank.comm.finish(k)?, v: rank.comm.finish(v)? };
+            if let Some(moving) = moving {
+                let arrived = KeyValues::arrived(&rank.comm, moving)?;
                 *sent = Some(std::mem::replace(held, arrived));
             }
         }
@@ -88,20 +89,16 @@ impl<B: Backend> RingAttention<B> {
 }
 
 /// Sends a copy of the held block on, so that the block itself can be attended to meanwhile.
-#[allow(clippy::type_complexity)]
-fn start<B: Backend, C: Comm<B::Matrix, B::Scores>>(
+fn send<B: Backend, C: Comm<B::Matrix, B::Scores>>(
     rank: &Rank<'_, B, C>,
-    sent: &mut Option<KeyValues<B::Matrix>>,
+    buffer: &mut Option<KeyValues<B::Matrix>>,
     held: &KeyValues<B::Matrix>,
-    send: usize,
-    receive: usize,
-) -> Result<(C::Pending, C::Pending), RankError> {
-    let mut copy = match sent.take() {
-        Some(buffer) => buffer,
-        None => KeyValues::new(rank.backend, rank.shape(), send.max(receive))?,
-    };
-    copy.copy_from(rank.backend, 0, held, 0, send)?;
-    Ok((rank.comm.rotate(copy.k, send, receive)?, rank.comm.rotate(copy.v, send, receive)?))
+    send_rows: usize,
+    receive_rows: usize,
+) -> Result<Moving<C::Pending>, RankError> {
+    let mut copy = buffer.take().expect("in place between steps");
+    copy.copy_from(rank.backend, 0, held, 0, send_rows)?;
+    Ok(copy.rotate(&rank.comm, send_rows, receive_rows)?)
 }
 
 /// All rows of a rank over one block.

@@ -3,10 +3,11 @@
 //! Invariant: equal scores are broken by position, random ones follow from seed, layer, head and position; so the choice does
 //! not depend on which rank runs the host.
 
-use crate::backend::Backend;
+use crate::backend::{Backend, BackendError};
 use crate::comm::Comm;
+use crate::engine::kv::{KeyValues, Moving};
 use crate::engine::prefill::PrefillState;
-use crate::engine::rank::{KeyValues, Rank, RankError};
+use crate::engine::rank::{Rank, RankError};
 use crate::plan::{Host, PrefillPlan, RankLayout, Selector};
 
 /// Scores of a rank's rows, and the compressed blocks of all hosts.
@@ -21,12 +22,6 @@ pub struct Selection<B: Backend> {
     counts: Vec<usize>,
 }
 
-/// Compressed blocks on their way.
-pub struct Gathering<P> {
-    k: P,
-    v: P,
-}
-
 impl<B: Backend> Selection<B> {
     /// Buffers for a plan; `None` if it passes nothing on.
     pub fn new<C: Comm<B::Matrix, B::Scores>>(
@@ -36,6 +31,10 @@ impl<B: Backend> Selection<B> {
     ) -> Result<Option<Self>, RankError> {
         if plan.compressed() == 0 {
             return Ok(None);
+        }
+        if plan.selector == Selector::RetainingHead && rank.weights.retaining_heads.is_none() {
+            let reason = "the plan selects by retaining heads, and the weights have none".to_owned();
+            return Err(BackendError::Unavailable(reason).into());
         }
         let (backend, ranks) = (rank.backend, rank.comm.size());
         let compress = |host: &usize| plan.hosts[*host].compressed > 0;
@@ -83,11 +82,8 @@ impl<B: Backend> Selection<B> {
         rank: &Rank<'_, B, C>,
         plan: &PrefillPlan,
         state: &PrefillState<B>,
-    ) -> Result<Gathering<C::Pending>, RankError> {
-        let mut passing = match self.passing.take() {
-            Some(passing) => passing,
-            None => KeyValues::new(rank.backend, rank.shape(), plan.compressed())?,
-        };
+    ) -> Result<Moving<C::Pending>, RankError> {
+        let mut passing = self.passing.take().expect("in place between layers");
         for (index, host) in state.layout.hosts.clone().enumerate() {
             if plan.hosts[host].compressed > 0 {
                 let chosen = self.choose(rank, plan, state, index)?;
@@ -95,18 +91,16 @@ impl<B: Backend> Selection<B> {
                 rank.backend.gather_kv(rank.shape(), &chosen, 0, state.working.view(), destination)?;
             }
         }
-        let k = rank.comm.all_gather(passing.k, &self.counts)?;
-        Ok(Gathering { k, v: rank.comm.all_gather(passing.v, &self.counts)? })
+        Ok(passing.all_gather(&rank.comm, &self.counts)?)
     }
 
     /// Awaits what [`Selection::start`] started: the compressed blocks of all hosts.
     pub fn finish<C: Comm<B::Matrix, B::Scores>>(
         &mut self,
         rank: &Rank<'_, B, C>,
-        gathering: Gathering<C::Pending>,
+        gathering: Moving<C::Pending>,
     ) -> Result<&KeyValues<B::Matrix>, RankError> {
-        let arrived = KeyValues { k: rank.comm.finish(gathering.k)?, v: rank.comm.finish(gathering.v)? };
-        Ok(self.passing.insert(arrived))
+        Ok(self.passing.insert(KeyValues::arrived(&rank.comm, gathering)?))
     }
 
     /// The best rows of a host; `index` counts the hosts of this rank.
@@ -120,7 +114,7 @@ impl<B: Backend> Selection<B> {
         let layout = &state.layout;
         let (host, local) = (layout.hosts.start + index, layout.locals[index].clone());
         if self.selector == Selector::QueryAware {
-            let (probe, qkv, k) = (layout.probes[index].clone(), &state.activations.qkv, &state.working.k);
+            let (probe, qkv, k) = (layout.probes[index].clone(), &state.activations.qkv, state.working.keys());
             rank.backend.query_aware_scores(rank.shape(), probe, qkv, self.scored, k, &mut self.scores)?;
         }
         let anchor = if host > 0 { layout.anchor.clone() } else { 0..0 };

@@ -211,6 +211,3 @@ fn visible(mask: Mask, queries: usize, keys: usize, i: usize) -> isize {
         Mask::Causal => keys as isize - queries as isize + i as isize + 1,
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -1,1 +1,0 @@
-//! Attention against a plain reference in f64.

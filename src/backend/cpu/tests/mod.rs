@@ -1,1 +1,0 @@
-//! Every operation against a plain reference in f64.
