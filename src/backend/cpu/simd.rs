@@ -10,7 +10,7 @@ const ROUND: f32 = 12_582_912.0;
 const LOWEST: f32 = -126.0;
 /// 2^f for f in -0.5..=0.5 as a polynomial: minimax in the relative error, 2e-9 before rounding.
 const EXP2: [f32; 7] =
-    [1.0, 0.693_147_2, 0.240_226_46, 0.055_503_286, 0.009_618_489, 0.001_339_993_1, 0.000_153_458_12];
+    [1.0, std::f32::consts::LN_2, 0.240_226_46, 0.055_503_286, 0.009_618_489, 0.001_339_993_1, 0.000_153_458_12];
 /// log2(e), and what an f32 cannot hold of it.
 const LOG2_E: [f32; 2] = [std::f32::consts::LOG2_E, 1.925_963e-8];
 
