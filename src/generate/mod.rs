@@ -4,6 +4,7 @@
 
 pub mod constraint;
 pub mod generator;
+pub mod grammar;
 pub mod sampler;
 pub mod stop;
 pub mod vocabulary;

@@ -2,7 +2,18 @@
 //!
 //! Invariant: knows files and shapes; no queue, store, document or plan.
 
+mod config;
+mod error;
+mod load;
+mod rope;
+mod tensors;
+#[cfg(test)]
+mod tests;
+pub mod tokenizer;
 pub mod weights;
+
+pub use error::ModelError;
+pub use load::HEADS_FILE;
 
 use crate::backend::HeadShape;
 
