@@ -22,6 +22,16 @@ impl Weight {
         &self.0
     }
 
+    /// Output features.
+    pub fn rows(&self) -> usize {
+        self.0.rows()
+    }
+
+    /// Input features.
+    pub fn cols(&self) -> usize {
+        self.0.cols()
+    }
+
     /// The elements of a vector.
     pub(super) fn vector(&self, op: &'static str, length: usize) -> Result<&[f32], BackendError> {
         check(op, self.0.rows() == 1 && self.0.cols() == length, || {
