@@ -63,6 +63,9 @@ enum Op {
     Broadcast,
     Barrier,
 }
+/// What a rank, whose number is the last argument, does.
+type Body<R> = fn(&R, &<R as Ranks>::C, usize) -> Result<(), CommError>;
+
 const OPS: [Op; 5] = [Op::AllGather, Op::Scores, Op::Rotate, Op::Broadcast, Op::Barrier];
 
 /// Runs `body` on every rank, each on its own thread, and returns what they returned.
@@ -308,8 +311,7 @@ pub fn a_rank_that_never_comes_ends_the_wait_of_the_others<R: Ranks>(ranks: &R) 
 }
 
 pub fn ranks_that_disagree_are_told_so<R: Ranks>(ranks: &R) {
-    type Wrong<R, C> = fn(&R, &C, usize) -> Result<(), CommError>;
-    let wrong: [(&str, Wrong<R, R::C>); 5] = [
+    let wrong: [(&str, Body<R>); 5] = [
         ("counts", |ranks, comm, rank| {
             let counts = if rank == 1 { [1, 2, 1] } else { [1, 1, 1] };
             let matrix = ranks.matrix(comm, 4, 2, &[0.0; 8]);
@@ -344,15 +346,14 @@ pub fn ranks_that_disagree_are_told_so<R: Ranks>(ranks: &R) {
 }
 
 pub fn sizes_wrong_by_themselves_are_refused<R: Ranks>(ranks: &R) {
-    type Body<R, C> = fn(&R, &C) -> Result<(), CommError>;
-    let bodies: [Body<R, R::C>; 4] = [
-        |ranks, comm| comm.all_gather(ranks.matrix(comm, 2, 2, &[0.0; 4]), &[1, 2]).map(drop),
-        |ranks, comm| comm.all_gather(ranks.matrix(comm, 2, 2, &[0.0; 4]), &[1]).map(drop),
-        |ranks, comm| comm.rotate(ranks.matrix(comm, 2, 2, &[0.0; 4]), 3, 3).map(drop),
-        |_, comm| comm.broadcast(2, 0).map(drop),
+    let bodies: [Body<R>; 4] = [
+        |ranks, comm, _| comm.all_gather(ranks.matrix(comm, 2, 2, &[0.0; 4]), &[1, 2]).map(drop),
+        |ranks, comm, _| comm.all_gather(ranks.matrix(comm, 2, 2, &[0.0; 4]), &[1]).map(drop),
+        |ranks, comm, _| comm.rotate(ranks.matrix(comm, 2, 2, &[0.0; 4]), 3, 3).map(drop),
+        |_, comm, _| comm.broadcast(2, 0).map(drop),
     ];
     for body in bodies {
-        for result in on_all(ranks, 2, PATIENT, |_, comm| body(ranks, &comm)) {
+        for result in on_all(ranks, 2, PATIENT, |rank, comm| body(ranks, &comm, rank)) {
             assert!(matches!(result, Err(CommError::Mismatch { .. } | CommError::Aborted { .. })), "{result:?}");
         }
     }

@@ -2,8 +2,6 @@
 //!
 //! Invariant: `data.len() == rows * cols`.
 
-use std::ops::Range;
-
 use crate::backend::BackendError;
 
 /// Activations, keys, values: `[rows, cols]`, row-major, one row a token.
@@ -72,25 +70,6 @@ impl Matrix {
     /// One row.
     pub fn row(&self, row: usize) -> &[f32] {
         &self.data[row * self.cols..(row + 1) * self.cols]
-    }
-
-    /// A run of rows.
-    pub(super) fn rows_in(&self, rows: Range<usize>) -> &[f32] {
-        &self.data[rows.start * self.cols..rows.end * self.cols]
-    }
-
-    /// A run of rows.
-    pub(super) fn rows_in_mut(&mut self, rows: Range<usize>) -> &mut [f32] {
-        &mut self.data[rows.start * self.cols..rows.end * self.cols]
-    }
-
-    /// An error unless there are at least `rows` rows of exactly `cols` columns.
-    pub(super) fn expect(&self, op: &'static str, rows: usize, cols: usize) -> Result<(), BackendError> {
-        if self.rows >= rows && self.cols == cols {
-            return Ok(());
-        }
-        let got = format!("[{}, {}]", self.rows, self.cols);
-        Err(BackendError::Shape { op, expected: format!("[at least {rows}, {cols}]"), got })
     }
 
     /// One row.

@@ -1,61 +1,68 @@
-//! The CPU backend: f32, blocked, on a pool of threads of its own. The embedded default, and what the other backends are compared with.
+//! The CPU backend: f32, a few threads per rank, matrix products by the `gemm` crate, attention in tiles.
 //!
-//! Invariant: results depend on shapes and values alone, not on the number of threads.
+//! Invariant: whatever the number of threads, results are the same to the bit; no operation reads its output's old contents
+//! unless it accumulates.
 
 mod attention;
-mod gemm;
 mod linear;
 mod matrix;
-mod rows;
-mod selection;
-#[cfg(test)]
-mod tests;
+mod mlp;
+mod norm;
+mod rope;
+mod scores;
+mod select;
+mod simd;
+mod threads;
 mod vector;
+mod view;
 mod weight;
 
 use std::ops::Range;
 
-use super::{AttentionTask, Backend, BackendError, HeadShape, KvMut, KvRef, WeightView};
 pub use matrix::{Matrix, Rows, Scores};
+pub use weight::Weight;
 
-/// A CPU rank. Operations are done when they return.
+use super::{AttentionTask, Backend, BackendError, HeadShape, KvMut, KvRef, WeightView};
+use rope::Angles;
+use threads::Threads;
+
+/// The processor, with threads of its own.
 pub struct Cpu {
-    pool: rayon::ThreadPool,
+    threads: Threads,
 }
 
 impl Cpu {
-    /// A backend with `threads` threads of its own; 0: as many as there are cores.
+    /// A backend of `threads` threads (at least 1), the caller's among them.
     pub fn new(threads: usize) -> Result<Self, BackendError> {
-        rayon::ThreadPoolBuilder::new()
-            .num_threads(threads)
-            .thread_name(|i| format!("apbd-cpu-{i}"))
-            .build()
-            .map(|pool| Self { pool })
-            .map_err(|error| BackendError::Unavailable(format!("the CPU backend could not start its threads: {error}")))
+        Ok(Self { threads: Threads::new(threads)? })
     }
+}
 
-    /// Threads of this backend.
-    pub fn threads(&self) -> usize {
-        self.pool.current_num_threads()
+/// An error of kind `Shape` unless `holds`; `detail` gives what was expected and what came.
+fn check(op: &'static str, holds: bool, detail: impl FnOnce() -> (String, String)) -> Result<(), BackendError> {
+    if holds {
+        return Ok(());
     }
+    let (expected, got) = detail();
+    Err(BackendError::Shape { op, expected, got })
 }
 
 impl Backend for Cpu {
     type Matrix = Matrix;
     type Scores = Scores;
     type Rows = Rows;
-    type Weight = Matrix;
+    type Weight = Weight;
 
     fn name(&self) -> String {
-        format!("cpu ({} threads)", self.threads())
+        "cpu".to_owned()
     }
 
-    fn weight(&self, view: WeightView<'_>) -> Result<Matrix, BackendError> {
-        weight::load(&[view])
+    fn weight(&self, view: WeightView<'_>) -> Result<Weight, BackendError> {
+        Weight::load(&self.threads, &[view])
     }
 
-    fn weight_stacked(&self, views: &[WeightView<'_>]) -> Result<Matrix, BackendError> {
-        weight::load(views)
+    fn weight_stacked(&self, views: &[WeightView<'_>]) -> Result<Weight, BackendError> {
+        Weight::load(&self.threads, views)
     }
 
     fn matrix(&self, rows: usize, cols: usize) -> Result<Matrix, BackendError> {
@@ -66,56 +73,42 @@ impl Backend for Cpu {
         Scores::allocate("scores", rows, cols)
     }
 
-    fn embed(&self, table: &Matrix, ids: &[u32], x: &mut Matrix) -> Result<(), BackendError> {
-        x.expect("embed", ids.len(), table.cols())?;
-        rows::embed(table, ids, x)
+    fn embed(&self, table: &Weight, ids: &[u32], x: &mut Matrix) -> Result<(), BackendError> {
+        norm::embed(table, ids, x)
     }
 
     fn rms_norm(
         &self,
         rows: usize,
         x: &Matrix,
-        w: &Matrix,
+        w: &Weight,
         epsilon: f32,
         out: &mut Matrix,
     ) -> Result<(), BackendError> {
-        x.expect("rms_norm", rows, w.data().len())?;
-        out.expect("rms_norm", rows, x.cols())?;
-        self.pool.install(|| rows::rms_norm(rows, x, w, epsilon, out));
-        Ok(())
+        norm::rms_norm(&self.threads, rows, x, w, epsilon, out)
     }
 
     fn linear(
         &self,
         rows: usize,
         x: &Matrix,
-        w: &Matrix,
-        bias: Option<&Matrix>,
+        w: &Weight,
+        bias: Option<&Weight>,
         accumulate: bool,
         out: &mut Matrix,
     ) -> Result<(), BackendError> {
-        x.expect("linear", rows, w.cols())?;
-        out.expect("linear", rows, w.rows())?;
-        if let Some(bias) = bias {
-            bias.expect("linear bias", 1, w.rows())?;
-        }
-        self.pool.install(|| linear::linear(rows, x, w, bias, accumulate, out));
-        Ok(())
+        linear::linear(&self.threads, rows, x, w, bias, accumulate, out)
     }
 
     fn mlp(
         &self,
         rows: usize,
         h: &Matrix,
-        gate_up: &Matrix,
-        down: &Matrix,
+        gate_up: &Weight,
+        down: &Weight,
         x: &mut Matrix,
     ) -> Result<(), BackendError> {
-        h.expect("mlp", rows, gate_up.cols())?;
-        x.expect("mlp", rows, down.rows())?;
-        gate_up.expect("mlp gate and up", 2 * down.cols(), h.cols())?;
-        self.pool.install(|| linear::mlp(rows, h, gate_up, down, x));
-        Ok(())
+        mlp::mlp(&self.threads, rows, h, gate_up, down, x)
     }
 
     fn rope_store(
@@ -128,29 +121,18 @@ impl Backend for Cpu {
         qkv: &mut Matrix,
         kv: KvMut<'_, Matrix>,
     ) -> Result<(), BackendError> {
-        qkv.expect("rope_store", rows.end, shape.qkv_width())?;
-        kv.k.expect("rope_store keys", kv.first_row + rows.len(), shape.kv_width())?;
-        kv.v.expect("rope_store values", kv.first_row + rows.len(), shape.kv_width())?;
-        same("rope_store positions", rows.len(), positions.len())?;
-        same("rope_store frequencies", shape.head_dim / 2, inv_freq.len())?;
-        let angles = rows::Angles { positions, inv_freq, scale };
-        self.pool.install(|| rows::rope_store(shape, rows, &angles, qkv, kv));
-        Ok(())
+        rope::rope_store(&self.threads, shape, rows, &Angles { positions, inv_freq, scale }, qkv, kv)
     }
 
     fn retaining_scores(
         &self,
         rows: usize,
         qkv: &Matrix,
-        w1: &Matrix,
-        w2: &Matrix,
+        w1: &Weight,
+        w2: &Weight,
         out: &mut Scores,
     ) -> Result<(), BackendError> {
-        qkv.expect("retaining_scores", rows, w1.cols())?;
-        w2.expect("retaining_scores w2", 1, w1.rows())?;
-        room("retaining_scores", out, w2.rows(), rows)?;
-        self.pool.install(|| linear::retaining_scores(rows, qkv, w1, w2, out));
-        Ok(())
+        scores::retaining_scores(&self.threads, rows, qkv, w1, w2, out)
     }
 
     fn query_aware_scores(
@@ -162,17 +144,11 @@ impl Backend for Cpu {
         k: &Matrix,
         out: &mut Scores,
     ) -> Result<(), BackendError> {
-        expect_queries("query_aware_scores", q_qkv, queries.end, shape)?;
-        k.expect("query_aware_scores keys", rows, shape.kv_width())?;
-        room("query_aware_scores", out, shape.kv_heads, rows)?;
-        self.pool.install(|| selection::query_aware(shape, queries, q_qkv, rows, k, out));
-        Ok(())
+        scores::query_aware_scores(&self.threads, shape, queries, q_qkv, rows, k, out)
     }
 
     fn set_scores(&self, values: &[f32], out: &mut Scores) -> Result<(), BackendError> {
-        same("set_scores", out.data().len(), values.len())?;
-        out.data_mut().copy_from_slice(values);
-        Ok(())
+        scores::set_scores(values, out)
     }
 
     fn top_k(
@@ -184,13 +160,7 @@ impl Backend for Cpu {
         k: usize,
         pool: bool,
     ) -> Result<Rows, BackendError> {
-        room("top_k", scores, scores.rows(), before.end.max(candidates.end))?;
-        if excluded + k > candidates.len() {
-            let got = format!("{} candidates, {excluded} of them excluded", candidates.len());
-            return Err(BackendError::Shape { op: "top_k", expected: format!("{k} to choose"), got });
-        }
-        let candidates = selection::Candidates { before, columns: candidates, excluded };
-        Ok(self.pool.install(|| selection::top_k(scores, &candidates, k, pool)))
+        select::top_k(&self.threads, scores, before, candidates, excluded, k, pool)
     }
 
     fn gather_kv(
@@ -201,21 +171,7 @@ impl Backend for Cpu {
         src: KvRef<'_, Matrix>,
         dst: KvMut<'_, Matrix>,
     ) -> Result<(), BackendError> {
-        same("gather_kv heads", shape.kv_heads, chosen.chosen().len())?;
-        let last = chosen.chosen().iter().filter_map(|rows| rows.last()).max();
-        let rows = last.map_or(0, |&last| last as usize + 1);
-        let first = chosen.chosen().iter().filter_map(|rows| rows.first()).min();
-        if first.is_some_and(|&first| (first as usize) < source_offset) {
-            let expected = format!("columns from {source_offset}");
-            return Err(BackendError::Shape { op: "gather_kv", expected, got: format!("{first:?}") });
-        }
-        let k = chosen.chosen().iter().map(Vec::len).max().unwrap_or(0);
-        for (from, to) in [(src.k, &*dst.k), (src.v, &*dst.v)] {
-            from.expect("gather_kv source", rows.saturating_sub(source_offset), shape.kv_width())?;
-            to.expect("gather_kv destination", dst.first_row + k, shape.kv_width())?;
-        }
-        selection::gather(shape, chosen, source_offset, &src, dst);
-        Ok(())
+        select::gather_kv(shape, chosen, source_offset, src, dst)
     }
 
     fn attention(
@@ -225,26 +181,9 @@ impl Backend for Cpu {
         sources: &[KvRef<'_, Matrix>],
         tasks: &[AttentionTask],
         out: &mut Matrix,
-        mut lse: Option<&mut Scores>,
+        lse: Option<&mut Scores>,
     ) -> Result<(), BackendError> {
-        for task in tasks {
-            expect_queries("attention queries", q, task.queries.end, shape)?;
-            out.expect("attention output", task.queries.end, shape.q_width())?;
-            if let Some(lse) = lse.as_deref_mut() {
-                lse.expect("attention log-sum-exps", task.queries.end, shape.heads)?;
-            }
-            for segment in &task.segments {
-                let Some(source) = sources.get(segment.source) else {
-                    let expected = format!("a source below {}", sources.len());
-                    return Err(BackendError::Shape { op: "attention", expected, got: segment.source.to_string() });
-                };
-                source.k.expect("attention keys", segment.rows.end, shape.kv_width())?;
-                source.v.expect("attention values", segment.rows.end, shape.kv_width())?;
-            }
-        }
-        let inputs = attention::Inputs { shape, q, sources, tasks };
-        self.pool.install(|| attention::attention(&inputs, out, lse.map(|lse| &mut **lse)));
-        Ok(())
+        attention::attention(&self.threads, shape, q, sources, tasks, out, lse)
     }
 
     fn merge(
@@ -257,12 +196,7 @@ impl Backend for Cpu {
         part_lse: &Scores,
         part_first_row: usize,
     ) -> Result<(), BackendError> {
-        out.expect("merge", rows.end, shape.q_width())?;
-        lse.expect("merge log-sum-exps", rows.end, shape.heads)?;
-        part.expect("merge part", part_first_row + rows.len(), shape.q_width())?;
-        part_lse.expect("merge part's log-sum-exps", part_first_row + rows.len(), shape.heads)?;
-        attention::merge(shape, rows, (out, lse), (part, part_lse), part_first_row);
-        Ok(())
+        attention::merge(&self.threads, shape, rows, out, lse, (part, part_lse, part_first_row))
     }
 
     fn copy_rows(
@@ -273,9 +207,11 @@ impl Backend for Cpu {
         dst: &mut Matrix,
         dst_row: usize,
     ) -> Result<(), BackendError> {
-        src.expect("copy_rows source", src_row + rows, dst.cols())?;
-        dst.expect("copy_rows destination", dst_row + rows, src.cols())?;
-        dst.rows_in_mut(dst_row..dst_row + rows).copy_from_slice(src.rows_in(src_row..src_row + rows));
+        let cols = src.cols();
+        linear::check_rows("copy_rows", "src", src_row + rows, cols, src)?;
+        linear::check_rows("copy_rows", "dst", dst_row + rows, cols, dst)?;
+        let from = &src.data()[src_row * cols..(src_row + rows) * cols];
+        dst.data_mut()[dst_row * cols..(dst_row + rows) * cols].copy_from_slice(from);
         Ok(())
     }
 
@@ -283,13 +219,11 @@ impl Backend for Cpu {
         &self,
         x: &Matrix,
         row: usize,
-        norm: &Matrix,
+        norm: &Weight,
         epsilon: f32,
-        head: &Matrix,
+        head: &Weight,
     ) -> Result<Vec<f32>, BackendError> {
-        x.expect("logits", row + 1, head.cols())?;
-        norm.expect("logits norm", 1, head.cols())?;
-        Ok(self.pool.install(|| linear::logits(x.row(row), norm, epsilon, head)))
+        norm::logits(&self.threads, x, row, norm, epsilon, head)
     }
 
     fn synchronize(&self) -> Result<(), BackendError> {
@@ -297,24 +231,5 @@ impl Backend for Cpu {
     }
 }
 
-fn same(op: &'static str, expected: usize, got: usize) -> Result<(), BackendError> {
-    if expected == got {
-        return Ok(());
-    }
-    Err(BackendError::Shape { op, expected: expected.to_string(), got: got.to_string() })
-}
-
-/// An error unless `scores` has `rows` rows of at least `cols` columns.
-fn room(op: &'static str, scores: &Scores, rows: usize, cols: usize) -> Result<(), BackendError> {
-    if scores.rows() >= rows && scores.cols() >= cols {
-        return Ok(());
-    }
-    let got = format!("[{}, {}]", scores.rows(), scores.cols());
-    Err(BackendError::Shape { op, expected: format!("[{rows}, at least {cols}]"), got })
-}
-
-/// Queries may stand alone or at the start of packed rows.
-fn expect_queries(op: &'static str, q: &Matrix, rows: usize, shape: HeadShape) -> Result<(), BackendError> {
-    let cols = if q.cols() == shape.qkv_width() { shape.qkv_width() } else { shape.q_width() };
-    q.expect(op, rows, cols)
-}
+#[cfg(test)]
+mod tests;

@@ -29,7 +29,7 @@ fn poisoned_scores(rows: usize, cols: usize) -> Scores {
     Scores::from_vec(rows, cols, vec![POISON; rows * cols])
 }
 
-fn weight(matrix: &Matrix) -> Matrix {
+fn weight(matrix: &Matrix) -> Weight {
     let bytes: Vec<u8> = matrix.data().iter().flat_map(|value| value.to_le_bytes()).collect();
     let view = WeightView { rows: matrix.rows(), cols: matrix.cols(), dtype: DType::F32, bytes: &bytes };
     cpu().weight(view).expect("finite")
@@ -41,8 +41,8 @@ fn assert_close(got: f32, expected: f64, scale: f64) {
     assert!((f64::from(got) - expected).abs() <= tolerance, "{got}, not {expected}");
 }
 
-fn product(x: &[f32], w: &Matrix, row: usize) -> f64 {
-    x.iter().zip(w.row(row)).map(|(&x, &w)| f64::from(x) * f64::from(w)).sum()
+fn product(x: &[f32], w: &Weight, row: usize) -> f64 {
+    x.iter().zip(w.matrix().row(row)).map(|(&x, &w)| f64::from(x) * f64::from(w)).sum()
 }
 
 fn silu(x: f64) -> f64 {
@@ -62,7 +62,7 @@ fn linear_layers_of_few_and_many_rows() {
         for row in 0..rows {
             for col in 0..outputs {
                 let expected = product(x.row(row), &w, col);
-                let bias = f64::from(b.data()[col]);
+                let bias = f64::from(b.matrix().data()[col]);
                 assert_close(out.row(row)[col], expected + bias, inputs as f64);
                 assert_close(twice.row(row)[col], 2.0 * expected + bias, inputs as f64);
             }
@@ -76,7 +76,7 @@ fn mlp_of_few_and_many_rows() {
     let rng = &mut StdRng::seed_from_u64(2);
     for (rows, hidden, inner) in [(1, 12, 20), (9, 16, 33), (16, 8, 5), (131, 24, 40)] {
         let (h, gate_up, down) =
-            (random(rng, rows, hidden), random(rng, 2 * inner, hidden), random(rng, hidden, inner));
+            (random(rng, rows, hidden), weight(&random(rng, 2 * inner, hidden)), weight(&random(rng, hidden, inner)));
         let before = random(rng, rows, hidden);
         let mut x = before.clone();
         cpu().mlp(rows, &h, &gate_up, &down, &mut x).expect("shapes fit");
@@ -98,7 +98,7 @@ fn weights_of_every_type_are_stacked_and_checked() {
     let bf16: Vec<u8> = [0.5_f32, 3.0].iter().flat_map(|&v| half::bf16::from_f32(v).to_le_bytes()).collect();
     let view = |dtype, bytes| WeightView { rows: 1, cols: 2, dtype, bytes };
     let stacked = cpu().weight_stacked(&[view(DType::F16, &f16), view(DType::Bf16, &bf16)]).expect("fits");
-    assert_eq!(stacked.data(), [1.5, -2.0, 0.5, 3.0]);
+    assert_eq!(stacked.matrix().data(), [1.5, -2.0, 0.5, 3.0]);
     let nan: Vec<u8> = [1.0_f32, f32::NAN].iter().flat_map(|v| v.to_le_bytes()).collect();
     let error = cpu().weight(view(DType::F32, &nan)).expect_err("not finite").to_string();
     assert!(error.contains("row 0, column 1"), "{error}");
@@ -108,17 +108,21 @@ fn weights_of_every_type_are_stacked_and_checked() {
 #[test]
 fn embedding_norm_and_logits() {
     let rng = &mut StdRng::seed_from_u64(3);
-    let (table, norm) = (random(rng, 9, 6), random(rng, 1, 6));
+    let (table, norm) = (weight(&random(rng, 9, 6)), weight(&random(rng, 1, 6)));
     let mut x = poisoned(4, 6);
     cpu().embed(&table, &[3, 8, 3], &mut x).expect("fits");
-    assert_eq!((x.row(0), x.row(1), x.row(2)), (table.row(3), table.row(8), table.row(3)));
+    assert_eq!((x.row(0), x.row(1), x.row(2)), (table.matrix().row(3), table.matrix().row(8), table.matrix().row(3)));
     assert!(cpu().embed(&table, &[9], &mut x).is_err(), "a token beyond the vocabulary");
     let mut out = poisoned(3, 6);
     cpu().rms_norm(3, &x, &norm, 1e-5, &mut out).expect("fits");
     let logits = cpu().logits(&x, 1, &norm, 1e-5, &table).expect("fits");
     let mean: f64 = x.row(1).iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / 6.0;
     for i in 0..6 {
-        assert_close(out.row(1)[i], f64::from(x.row(1)[i]) / (mean + 1e-5).sqrt() * f64::from(norm.data()[i]), 1.0);
+        assert_close(
+            out.row(1)[i],
+            f64::from(x.row(1)[i]) / (mean + 1e-5).sqrt() * f64::from(norm.matrix().data()[i]),
+            1.0,
+        );
     }
     for (i, &logit) in logits.iter().enumerate() {
         assert_close(logit, product(out.row(1), &table, i), 6.0);
@@ -157,7 +161,7 @@ fn retaining_and_query_aware_scores() {
     let shape = HeadShape { heads: 4, kv_heads: 2, head_dim: 6 };
     let rows = 131;
     let qkv = random(rng, rows, shape.qkv_width());
-    let (w1, w2) = (random(rng, 10, shape.qkv_width()), random(rng, 2, 10));
+    let (w1, w2) = (weight(&random(rng, 10, shape.qkv_width())), weight(&random(rng, 2, 10)));
     let mut scores = poisoned_scores(2, rows + 3);
     cpu().retaining_scores(rows, &qkv, &w1, &w2, &mut scores).expect("fits");
     for row in 0..rows {
@@ -386,7 +390,7 @@ fn parts_merge_to_the_whole() {
 #[test]
 fn wrong_shapes_are_named() {
     let mut out = Matrix::zeros(2, 3);
-    let error =
-        cpu().linear(2, &Matrix::zeros(2, 4), &Matrix::zeros(3, 5), None, false, &mut out).expect_err("4 is not 5");
-    assert_eq!(error.to_string(), "linear: expected [at least 2, 5], got [2, 4]");
+    let w = weight(&Matrix::zeros(3, 5));
+    let error = cpu().linear(2, &Matrix::zeros(2, 4), &w, None, false, &mut out).expect_err("4 is not 5");
+    assert_eq!(error.to_string(), "linear: expected x of at least 2 rows, 5 columns, got [2, 4]");
 }

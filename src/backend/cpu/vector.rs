@@ -1,146 +1,258 @@
-//! Loops over rows of numbers, compiled for the widest vectors the processor has.
+//! Operations on rows, each run with the best instruction set that the machine has.
 //!
-//! Invariant: the result of a loop depends on its input and length alone, on one machine; no loop allocates.
+//! Invariant: rows of any length; lanes beyond the end of a row never reach a result.
 
-/// Lanes that loops are unrolled to: one AVX-512 register, two AVX ones.
-const LANES: usize = 16;
+use std::sync::LazyLock;
 
-/// Greatest element; -inf of none.
-pub(super) fn max(row: &[f32]) -> f32 {
-    pulp::Arch::new().dispatch(
-        #[inline(always)]
-        || {
-            let (chunks, rest) = row.as_chunks::<LANES>();
-            let mut lanes = [f32::NEG_INFINITY; LANES];
-            for chunk in chunks {
-                for (lane, &value) in lanes.iter_mut().zip(chunk) {
-                    *lane = if value > *lane { value } else { *lane };
+use pulp::{Arch, Simd, WithSimd};
+
+use super::simd::{dots, silu};
+use super::view::{View, ViewMut};
+
+/// Runs an operation with the best instruction set, which is looked for once.
+pub(super) fn dispatch<Op: WithSimd>(op: Op) -> Op::Output {
+    static BEST: LazyLock<Arch> = LazyLock::new(Arch::new);
+    BEST.dispatch(op)
+}
+
+/// `out = silu(gate) * up`.
+pub(super) fn silu_times(gate: &[f32], up: &[f32], out: &mut [f32]) {
+    assert!(gate.len() == out.len() && up.len() == out.len());
+    out.copy_from_slice(gate);
+    dispatch(Zip { out, x: up, with: Silu });
+}
+
+/// `x = silu(x)`.
+pub(super) fn silu_in_place(x: &mut [f32]) {
+    dispatch(Map { x, with: Silu });
+}
+
+/// `x *= factor`.
+pub(super) fn scale(x: &mut [f32], factor: f32) {
+    dispatch(Map { x, with: Times(factor) });
+}
+
+/// `out = out * keep + x * add`.
+pub(super) fn blend(out: &mut [f32], keep: f32, x: &[f32], add: f32) {
+    assert_eq!(out.len(), x.len());
+    dispatch(Zip { out, x, with: Blend { keep, add } });
+}
+
+/// `out = x * factor * weight`, element by element.
+pub(super) fn scale_by(x: &[f32], factor: f32, weight: &[f32], out: &mut [f32]) {
+    assert!(x.len() == out.len() && weight.len() == out.len());
+    out.copy_from_slice(x);
+    dispatch(Zip { out, x: weight, with: Times(factor) });
+}
+
+/// The sum of products of two rows.
+pub(super) fn dot(x: &[f32], y: &[f32]) -> f32 {
+    assert_eq!(x.len(), y.len());
+    dispatch(Dot { x, y })
+}
+
+/// `out[r, j] = x[r] · w[j]`, or `out += …`: a product of few rows, at the speed at which `w` comes from memory.
+pub(super) fn few_rows_transposed(x: View<'_>, w: View<'_>, out: ViewMut<'_>, accumulate: bool) {
+    assert!(x.cols == w.cols && out.rows == x.rows && out.cols == w.rows, "x wᵀ: shapes");
+    dispatch(FewRowsTransposed { x, w, out, accumulate });
+}
+
+/// `out += p v` for few rows of `p`, at the speed at which `v` comes from memory.
+pub(super) fn few_rows_add(p: View<'_>, v: View<'_>, out: ViewMut<'_>) {
+    assert!(p.cols == v.rows && out.rows == p.rows && out.cols == v.cols, "p v: shapes");
+    dispatch(FewRowsAdd { p, v, out });
+}
+
+/// A function of one vector, or of two.
+trait Lanes: Copy {
+    fn one<S: Simd>(self, simd: S, x: S::f32s) -> S::f32s;
+    fn two<S: Simd>(self, simd: S, out: S::f32s, x: S::f32s) -> S::f32s;
+}
+
+#[derive(Clone, Copy)]
+struct Silu;
+#[derive(Clone, Copy)]
+struct Times(f32);
+#[derive(Clone, Copy)]
+struct Blend {
+    keep: f32,
+    add: f32,
+}
+
+impl Lanes for Silu {
+    #[inline(always)]
+    fn one<S: Simd>(self, simd: S, x: S::f32s) -> S::f32s {
+        silu(simd, x)
+    }
+    #[inline(always)]
+    fn two<S: Simd>(self, simd: S, out: S::f32s, x: S::f32s) -> S::f32s {
+        simd.mul_f32s(silu(simd, out), x)
+    }
+}
+
+impl Lanes for Times {
+    #[inline(always)]
+    fn one<S: Simd>(self, simd: S, x: S::f32s) -> S::f32s {
+        simd.mul_f32s(x, simd.splat_f32s(self.0))
+    }
+    #[inline(always)]
+    fn two<S: Simd>(self, simd: S, out: S::f32s, x: S::f32s) -> S::f32s {
+        simd.mul_f32s(self.one(simd, out), x)
+    }
+}
+
+impl Lanes for Blend {
+    #[inline(always)]
+    fn one<S: Simd>(self, simd: S, x: S::f32s) -> S::f32s {
+        simd.mul_f32s(x, simd.splat_f32s(self.keep))
+    }
+    #[inline(always)]
+    fn two<S: Simd>(self, simd: S, out: S::f32s, x: S::f32s) -> S::f32s {
+        simd.mul_add_f32s(x, simd.splat_f32s(self.add), self.one(simd, out))
+    }
+}
+
+struct Map<'a, F> {
+    x: &'a mut [f32],
+    with: F,
+}
+
+impl<F: Lanes> WithSimd for Map<'_, F> {
+    type Output = ();
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let (heads, tail) = S::as_mut_simd_f32s(self.x);
+        heads.iter_mut().for_each(|x| *x = self.with.one(simd, *x));
+        if !tail.is_empty() {
+            let last = self.with.one(simd, simd.partial_load_f32s(tail));
+            simd.partial_store_f32s(tail, last);
+        }
+    }
+}
+
+struct Zip<'a, F> {
+    out: &'a mut [f32],
+    x: &'a [f32],
+    with: F,
+}
+
+impl<F: Lanes> WithSimd for Zip<'_, F> {
+    type Output = ();
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) {
+        let (heads, tail) = S::as_mut_simd_f32s(self.out);
+        let (x_heads, x_tail) = S::as_simd_f32s(self.x);
+        heads.iter_mut().zip(x_heads).for_each(|(out, &x)| *out = self.with.two(simd, *out, x));
+        if !tail.is_empty() {
+            let last = self.with.two(simd, simd.partial_load_f32s(tail), simd.partial_load_f32s(x_tail));
+            simd.partial_store_f32s(tail, last);
+        }
+    }
+}
+
+struct Dot<'a> {
+    x: &'a [f32],
+    y: &'a [f32],
+}
+
+impl WithSimd for Dot<'_> {
+    type Output = f32;
+    #[inline(always)]
+    fn with_simd<S: Simd>(self, simd: S) -> f32 {
+        dots(simd, self.x, [self.y])[0]
+    }
+}
+
+struct FewRowsTransposed<'a, 'b> {
+    x: View<'a>,
+    w: View<'a>,
+    out: ViewMut<'b>,
+    accumulate: bool,
+}
+
+impl FewRowsTransposed<'_, '_> {
+    #[inline(always)]
+    fn columns<S: Simd, const N: usize>(&mut self, simd: S, col: usize) {
+        let rows: [&[f32]; N] = std::array::from_fn(|n| self.w.row(col + n));
+        for r in 0..self.x.rows {
+            let sums = dots(simd, self.x.row(r), rows);
+            let out = &mut self.out.row_mut(r)[col..col + N];
+            for n in 0..N {
+                out[n] = if self.accumulate { out[n] + sums[n] } else { sums[n] };
+            }
+        }
+    }
+}
+
+impl WithSimd for FewRowsTransposed<'_, '_> {
+    type Output = ();
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, simd: S) {
+        let whole = self.w.rows / 4 * 4;
+        for col in (0..whole).step_by(4) {
+            self.columns::<S, 4>(simd, col);
+        }
+        for col in whole..self.w.rows {
+            self.columns::<S, 1>(simd, col);
+        }
+    }
+}
+
+struct FewRowsAdd<'a, 'b> {
+    p: View<'a>,
+    v: View<'a>,
+    out: ViewMut<'b>,
+}
+
+impl FewRowsAdd<'_, '_> {
+    /// Adds rows `first..first + N` of `v`, weighted.
+    #[inline(always)]
+    fn rows<S: Simd, const N: usize>(&mut self, simd: S, first: usize) {
+        let rows: [_; N] = std::array::from_fn(|n| S::as_simd_f32s(self.v.row(first + n)));
+        for r in 0..self.p.rows {
+            let p = &self.p.row(r)[first..first + N];
+            let p: [S::f32s; N] = std::array::from_fn(|n| simd.splat_f32s(p[n]));
+            let (heads, tail) = S::as_mut_simd_f32s(self.out.row_mut(r));
+            for (i, out) in heads.iter_mut().enumerate() {
+                for n in 0..N {
+                    *out = simd.mul_add_f32s(p[n], rows[n].0[i], *out);
                 }
             }
-            rest.iter().chain(&lanes).fold(f32::NEG_INFINITY, |best, &value| best.max(value))
-        },
-    )
-}
-
-/// `row[i] = exp(row[i] - shift)`; returns their sum.
-pub(super) fn exp_shifted(row: &mut [f32], shift: f32) -> f32 {
-    pulp::Arch::new().dispatch(
-        #[inline(always)]
-        || {
-            let (chunks, rest) = row.as_chunks_mut::<LANES>();
-            let mut lanes = [0.0; LANES];
-            for chunk in chunks {
-                for (lane, value) in lanes.iter_mut().zip(chunk) {
-                    *value = exp(*value - shift);
-                    *lane += *value;
+            if !tail.is_empty() {
+                let mut last = simd.partial_load_f32s(tail);
+                for n in 0..N {
+                    last = simd.mul_add_f32s(p[n], simd.partial_load_f32s(rows[n].1), last);
                 }
+                simd.partial_store_f32s(tail, last);
             }
-            let mut sum: f32 = lanes.iter().sum();
-            for value in rest {
-                *value = exp(*value - shift);
-                sum += *value;
-            }
-            sum
-        },
-    )
+        }
+    }
 }
 
-/// `row[i] *= factor`.
-pub(super) fn scale(row: &mut [f32], factor: f32) {
-    pulp::Arch::new().dispatch(
-        #[inline(always)]
-        || row.iter_mut().for_each(|value| *value *= factor),
-    );
+impl WithSimd for FewRowsAdd<'_, '_> {
+    type Output = ();
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, simd: S) {
+        let whole = self.v.rows / 4 * 4;
+        for first in (0..whole).step_by(4) {
+            self.rows::<S, 4>(simd, first);
+        }
+        for first in whole..self.v.rows {
+            self.rows::<S, 1>(simd, first);
+        }
+    }
 }
 
-/// `gate[i] = silu(gate[i]) * up[i]`.
-pub(super) fn silu_times(gate: &mut [f32], up: &[f32]) {
-    pulp::Arch::new().dispatch(
-        #[inline(always)]
-        || gate.iter_mut().zip(up).for_each(|(gate, &up)| *gate = silu(*gate) * up),
-    );
-}
-
-/// `row[i] = silu(row[i])`.
-pub(super) fn silu_in_place(row: &mut [f32]) {
-    pulp::Arch::new().dispatch(
-        #[inline(always)]
-        || row.iter_mut().for_each(|value| *value = silu(*value)),
-    );
-}
-
-/// `Σ a[i] b[i]`.
-pub(super) fn dot(a: &[f32], b: &[f32]) -> f32 {
-    pulp::Arch::new().dispatch(
-        #[inline(always)]
-        || {
-            let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
-            let mut lanes = [0.0; LANES];
-            for (a, b) in a.iter().zip(b) {
-                for (lane, (x, y)) in lanes.iter_mut().zip(a.iter().zip(b)) {
-                    *lane += x * y;
-                }
-            }
-            lanes.iter().sum::<f32>() + a_rest.iter().zip(b_rest).map(|(x, y)| x * y).sum::<f32>()
-        },
-    )
-}
-
-#[inline(always)]
-fn silu(x: f32) -> f32 {
-    x / (1.0 + exp(-x))
-}
-
-/// `e^x` with a relative error under 1e-6 down to -87; 0 below, and as at 88 above.
-///
-/// `x = n ln 2 + r` with `|r| <= ln 2 / 2`; adding 1.5 · 2^23 rounds to the integer `n` and leaves it in the low bits.
-#[inline(always)]
-fn exp(x: f32) -> f32 {
-    const ROUND: f32 = 12_582_912.0;
-    // ln 2 in two parts, so that n ln 2 loses nothing.
-    const LN2_HIGH: f32 = 0.693_359_4;
-    const LN2_LOW: f32 = -2.121_944_4e-4;
-    let clamped = if x > 88.0 { 88.0 } else { x };
-    let rounded = clamped * std::f32::consts::LOG2_E + ROUND;
-    let n = rounded - ROUND;
-    let r = clamped - n * LN2_HIGH - n * LN2_LOW;
-    let p = 1.0 / 720.0;
-    let p = p * r + 1.0 / 120.0;
-    let p = p * r + 1.0 / 24.0;
-    let p = p * r + 1.0 / 6.0;
-    let p = p * r + 0.5;
-    let p = p * r + 1.0;
-    let p = p * r + 1.0;
-    let power = f32::from_bits(rounded.to_bits().wrapping_add(127) << 23);
-    if x < -87.0 { 0.0 } else { p * power }
-}
-
+/// What an operation gives with every instruction set that this machine has.
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn exp_is_as_exact_as_a_float_allows() {
-        for i in -87_000..88_000 {
-            let x = i as f32 / 1000.0;
-            let exact = f64::from(x).exp();
-            assert!((f64::from(exp(x)) - exact).abs() <= 1e-6 * exact, "exp({x}) = {}, not {exact}", exp(x));
-        }
-        assert_eq!((exp(-1000.0), exp(f32::NEG_INFINITY)), (0.0, 0.0));
-        assert!(exp(1000.0).is_finite());
+pub(super) fn on_every_instruction_set<Op: WithSimd + Clone>(op: Op) -> Vec<Op::Output> {
+    let mut outputs = vec![Simd::vectorize(pulp::Scalar, op.clone())];
+    #[cfg(target_arch = "x86_64")]
+    {
+        outputs.extend(pulp::x86::V3::try_new().map(|simd| Simd::vectorize(simd, op.clone())));
+        outputs.extend(pulp::x86::V4::try_new().map(|simd| Simd::vectorize(simd, op.clone())));
     }
-
-    #[test]
-    fn loops_agree_with_plain_ones_at_every_length() {
-        for n in 0..70 {
-            let row: Vec<f32> = (0..n).map(|i| ((i * 37) % 19) as f32 / 3.0 - 4.0).collect();
-            assert_eq!(max(&row), row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
-            let mut shifted = row.clone();
-            let sum = exp_shifted(&mut shifted, 2.0);
-            let exact: f64 = row.iter().map(|&x| (f64::from(x) - 2.0).exp()).sum();
-            assert!((f64::from(sum) - exact).abs() <= 1e-5 * exact);
-            let exact: f64 = row.iter().map(|&x| f64::from(x) * f64::from(x)).sum();
-            assert!((f64::from(dot(&row, &row)) - exact).abs() <= 1e-5 * exact);
-        }
-    }
+    #[cfg(target_arch = "aarch64")]
+    outputs.extend(pulp::aarch64::Neon::try_new().map(|simd| Simd::vectorize(simd, op.clone())));
+    outputs
 }

@@ -1,43 +1,110 @@
-//! Weights as the CPU computes with them: f32, whatever the file holds.
+//! Weights, converted to f32 once when they are loaded.
 //!
 //! Invariant: every element is finite.
 
 use half::{bf16, f16};
 
+use super::check;
 use super::matrix::Matrix;
+use super::threads::Threads;
 use crate::backend::{BackendError, DType, WeightView};
 
-/// The weights of `views`, stacked by rows, as f32.
-pub(super) fn load(views: &[WeightView<'_>]) -> Result<Matrix, BackendError> {
-    let cols = views.first().map_or(0, |view| view.cols);
-    let rows = views.iter().map(|view| view.rows).sum();
-    let mut data = Vec::with_capacity(rows * cols);
-    for view in views {
-        check(view, cols)?;
-        let first = data.len();
-        match view.dtype {
-            DType::F32 => data.extend(view.bytes.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]))),
-            DType::F16 => data.extend(view.bytes.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32())),
-            DType::Bf16 => data.extend(view.bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32())),
-        }
-        if let Some(at) = data[first..].iter().position(|value: &f32| !value.is_finite()) {
-            let got = format!("{} at row {}, column {}", data[first + at], at / cols, at % cols);
-            return Err(BackendError::Shape { op: "weight", expected: "finite numbers".to_owned(), got });
-        }
+/// Elements converted as one piece of work.
+const PIECE: usize = 1 << 16;
+
+/// A matrix of weights: `[output features, input features]`, or one row for a vector.
+#[derive(Debug)]
+pub struct Weight(Matrix);
+
+impl Weight {
+    /// The elements.
+    pub fn matrix(&self) -> &Matrix {
+        &self.0
     }
-    Ok(Matrix::from_vec(rows, cols, data))
+
+    /// Output features.
+    pub fn rows(&self) -> usize {
+        self.0.rows()
+    }
+
+    /// Input features.
+    pub fn cols(&self) -> usize {
+        self.0.cols()
+    }
+
+    /// The elements of a vector.
+    pub(super) fn vector(&self, op: &'static str, length: usize) -> Result<&[f32], BackendError> {
+        check(op, self.0.rows() == 1 && self.0.cols() == length, || {
+            (format!("a vector of {length}"), format!("[{}, {}]", self.0.rows(), self.0.cols()))
+        })?;
+        Ok(self.0.data())
+    }
+
+    /// Converts matrices of equal width and stacks their rows.
+    pub(super) fn load(threads: &Threads, views: &[WeightView<'_>]) -> Result<Self, BackendError> {
+        let cols = views.first().map_or(0, |view| view.cols);
+        let rows = views.iter().map(|view| view.rows).sum();
+        for view in views {
+            check_view(view, cols)?;
+        }
+        let mut matrix = Matrix::allocate("weight", rows, cols)?;
+        let mut rest = matrix.data_mut();
+        for view in views {
+            let (part, others) = rest.split_at_mut(view.rows * cols);
+            convert(threads, view, part)?;
+            rest = others;
+        }
+        Ok(Self(matrix))
+    }
 }
 
-fn check(view: &WeightView<'_>, cols: usize) -> Result<(), BackendError> {
-    let size = match view.dtype {
+fn check_view(view: &WeightView<'_>, cols: usize) -> Result<(), BackendError> {
+    let WeightView { rows, cols: own, dtype, bytes } = *view;
+    check("weight", own == cols, || (format!("{cols} columns as in the matrix above"), format!("{own}")))?;
+    let wanted = rows.checked_mul(cols).and_then(|n| n.checked_mul(size(dtype)));
+    check("weight", wanted == Some(bytes.len()), || {
+        (format!("[{rows}, {cols}] elements of {dtype:?}"), format!("{} bytes", bytes.len()))
+    })
+}
+
+fn size(dtype: DType) -> usize {
+    match dtype {
         DType::F32 => 4,
         DType::F16 | DType::Bf16 => 2,
-    };
-    let expected = view.rows * view.cols * size;
-    if view.cols != cols || view.bytes.len() != expected {
-        let expected = format!("[{}, {cols}] in {expected} bytes", view.rows);
-        let got = format!("[{}, {}] in {} bytes", view.rows, view.cols, view.bytes.len());
-        return Err(BackendError::Shape { op: "weight", expected, got });
     }
-    Ok(())
+}
+
+/// Converts a weight in pieces, all threads at it. Of several bad elements the first is named.
+fn convert(threads: &Threads, view: &WeightView<'_>, out: &mut [f32]) -> Result<(), BackendError> {
+    let bad = std::sync::atomic::AtomicUsize::new(usize::MAX);
+    let bytes = view.bytes.chunks(PIECE * size(view.dtype));
+    let pieces = out.chunks_mut(PIECE).zip(bytes).enumerate().collect();
+    threads.each(pieces, |(piece, (out, bytes)): (usize, (&mut [f32], &[u8]))| {
+        convert_piece(view.dtype, bytes, out);
+        if let Some(i) = out.iter().position(|x| !x.is_finite()) {
+            bad.fetch_min(piece * PIECE + i, std::sync::atomic::Ordering::Relaxed);
+        }
+    });
+    let bad = bad.into_inner();
+    check("weight", bad == usize::MAX, || {
+        let place = format!("element {bad} (row {}, column {})", bad / view.cols, bad % view.cols);
+        ("finite elements".to_owned(), format!("{place} is {}", out[bad]))
+    })
+}
+
+fn convert_piece(dtype: DType, bytes: &[u8], out: &mut [f32]) {
+    match dtype {
+        DType::F32 => {
+            let words = bytes.as_chunks::<4>().0;
+            out.iter_mut().zip(words).for_each(|(out, &word)| *out = f32::from_le_bytes(word));
+        }
+        DType::F16 => {
+            let words = bytes.as_chunks::<2>().0;
+            out.iter_mut().zip(words).for_each(|(out, &word)| *out = f16::from_le_bytes(word).to_f32());
+        }
+        DType::Bf16 => {
+            let words = bytes.as_chunks::<2>().0;
+            out.iter_mut().zip(words).for_each(|(out, &word)| *out = bf16::from_le_bytes(word).to_f32());
+        }
+    }
 }

@@ -1,0 +1,161 @@
+//! Elementary functions on vectors of f32, generic over the instruction set.
+//!
+//! Invariant: NaN in is NaN out; nothing here hides a number that went wrong.
+
+use pulp::Simd;
+
+/// 1.5 * 2^23: adding it to a small f32 rounds that to a whole number, found in the low bits of the sum.
+const ROUND: f32 = 12_582_912.0;
+/// Below this an f32 power of two is subnormal, and taken as 0.
+const LOWEST: f32 = -126.0;
+/// 2^f for f in -0.5..=0.5 as a polynomial: minimax in the relative error, 2e-9 before rounding.
+const EXP2: [f32; 7] =
+    [1.0, std::f32::consts::LN_2, 0.240_226_46, 0.055_503_286, 0.009_618_489, 0.001_339_993_1, 0.000_153_458_12];
+/// log2(e), and what an f32 cannot hold of it.
+const LOG2_E: [f32; 2] = [std::f32::consts::LOG2_E, 1.925_963e-8];
+
+/// `2^(whole + f)` where `rounded = whole + ROUND + 127`.
+#[inline(always)]
+fn power<S: Simd>(simd: S, f: S::f32s, rounded: S::f32s) -> S::f32s {
+    let mut p = simd.splat_f32s(EXP2[6]);
+    for i in (0..6).rev() {
+        p = simd.mul_add_f32s(p, f, simd.splat_f32s(EXP2[i]));
+    }
+    let exponent = simd.wrapping_dyn_shl_u32s(simd.transmute_u32s_f32s(rounded), simd.splat_u32s(23));
+    simd.mul_f32s(p, simd.transmute_f32s_u32s(exponent))
+}
+
+/// `2^x` for x up to 127; 0 below -126.
+#[inline(always)]
+pub(super) fn exp2<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
+    let round = simd.splat_f32s(ROUND + 127.0);
+    let rounded = simd.add_f32s(x, round);
+    let f = simd.sub_f32s(x, simd.sub_f32s(rounded, round));
+    let underflows = simd.less_than_f32s(x, simd.splat_f32s(LOWEST));
+    simd.select_f32s(underflows, simd.splat_f32s(0.0), power(simd, f, rounded))
+}
+
+/// `e^x` for x up to 88; 0 below -87.3.
+#[inline(always)]
+pub(super) fn exp<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
+    let round = simd.splat_f32s(ROUND + 127.0);
+    let rounded = simd.mul_add_f32s(x, simd.splat_f32s(LOG2_E[0]), round);
+    let whole = simd.sub_f32s(rounded, round);
+    let f = simd.mul_add_f32s(x, simd.splat_f32s(LOG2_E[0]), simd.neg_f32s(whole));
+    let f = simd.mul_add_f32s(x, simd.splat_f32s(LOG2_E[1]), f);
+    let underflows = simd.less_than_f32s(x, simd.splat_f32s(LOWEST * std::f32::consts::LN_2));
+    simd.select_f32s(underflows, simd.splat_f32s(0.0), power(simd, f, rounded))
+}
+
+/// `x / (1 + e^-x)`.
+#[inline(always)]
+pub(super) fn silu<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
+    // Where e^-x would overflow, x * 2^-127 is as good as the true value; where NaN, the order of operands keeps it.
+    let exponent = simd.min_f32s(simd.splat_f32s(87.0), simd.neg_f32s(x));
+    simd.div_f32s(x, simd.add_f32s(simd.splat_f32s(1.0), exp(simd, exponent)))
+}
+
+/// The sums of products of `x` with each of `rows`, all of its length.
+#[inline(always)]
+pub(super) fn dots<S: Simd, const N: usize>(simd: S, x: &[f32], rows: [&[f32]; N]) -> [f32; N] {
+    let (heads, tail) = S::as_simd_f32s(x);
+    let mut sums = [simd.splat_f32s(0.0); N];
+    let split = rows.map(|row| S::as_simd_f32s(&row[..x.len()]));
+    for (i, &x) in heads.iter().enumerate() {
+        for n in 0..N {
+            sums[n] = simd.mul_add_f32s(x, split[n].0[i], sums[n]);
+        }
+    }
+    if !tail.is_empty() {
+        let x = simd.partial_load_f32s(tail);
+        for n in 0..N {
+            sums[n] = simd.mul_add_f32s(x, simd.partial_load_f32s(split[n].1), sums[n]);
+        }
+    }
+    sums.map(|sum| simd.reduce_sum_f32s(sum))
+}
+
+#[cfg(test)]
+mod tests {
+    use pulp::{Simd, WithSimd};
+
+    use super::{exp, exp2, silu};
+    use crate::backend::cpu::vector::on_every_instruction_set;
+
+    #[derive(Clone, Copy)]
+    enum Function {
+        Exp,
+        Exp2,
+        Silu,
+    }
+    #[derive(Clone)]
+    struct Each(Function, Vec<f32>);
+    impl WithSimd for Each {
+        type Output = Vec<f32>;
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, simd: S) -> Vec<f32> {
+            let mut out = self.1;
+            for x in &mut out {
+                let v = simd.splat_f32s(*x);
+                let y = match self.0 {
+                    Function::Exp => exp(simd, v),
+                    Function::Exp2 => exp2(simd, v),
+                    Function::Silu => silu(simd, v),
+                };
+                simd.partial_store_f32s(std::slice::from_mut(x), y);
+            }
+            out
+        }
+    }
+
+    fn worst(function: Function, from: f32, to: f32, reference: impl Fn(f64) -> f64) -> f64 {
+        let inputs: Vec<f32> = (0..=200_000).map(|i| from + (to - from) * i as f32 / 200_000.0).collect();
+        let error = |(&x, y): (&f32, f32)| (f64::from(y) / reference(f64::from(x)) - 1.0).abs();
+        let results = on_every_instruction_set(Each(function, inputs.clone()));
+        results.into_iter().flat_map(|ys| inputs.iter().zip(ys).map(error).collect::<Vec<_>>()).fold(0.0, f64::max)
+    }
+
+    #[test]
+    fn exp_is_within_a_millionth_of_the_true_value() {
+        let error = worst(Function::Exp, -87.3, 88.0, f64::exp);
+        assert!(error < 3e-7, "{error:e}");
+    }
+
+    #[test]
+    fn exp2_is_within_a_millionth_of_the_true_value() {
+        let error = worst(Function::Exp2, -126.0, 127.0, f64::exp2);
+        assert!(error < 3e-7, "{error:e}");
+    }
+
+    #[test]
+    fn silu_is_within_a_millionth_of_the_true_value() {
+        for (from, to) in [(-80.0, -1e-3), (1e-3, 80.0)] {
+            let error = worst(Function::Silu, from, to, |x| x / (1.0 + (-x).exp()));
+            assert!(error < 1e-6, "{error:e}");
+        }
+    }
+
+    #[test]
+    fn the_ends_of_the_range_are_exact() {
+        let inputs = vec![0.0, f32::NEG_INFINITY, -1e30, -200.0];
+        for out in on_every_instruction_set(Each(Function::Exp2, inputs.clone())) {
+            assert_eq!(out, [1.0, 0.0, 0.0, 0.0]);
+        }
+        for out in on_every_instruction_set(Each(Function::Exp, inputs)) {
+            assert_eq!(out, [1.0, 0.0, 0.0, 0.0]);
+        }
+        for out in on_every_instruction_set(Each(Function::Silu, vec![0.0, 200.0, -200.0])) {
+            assert_eq!(out[..2], [0.0, 200.0]);
+            assert!((-1e-30..=0.0).contains(&out[2]), "{}", out[2]);
+        }
+    }
+
+    #[test]
+    fn what_is_not_a_number_stays_so() {
+        for function in [Function::Exp, Function::Exp2, Function::Silu] {
+            for out in on_every_instruction_set(Each(function, vec![f32::NAN])) {
+                assert!(out[0].is_nan());
+            }
+        }
+    }
+}
