@@ -24,7 +24,7 @@ fn main() {
         attention(&cpu, threads, tokens);
     }
     decode(&cpu, 32768);
-    for (rows, inputs, outputs) in [(8192, HIDDEN, 512), (8192, HIDDEN, 2 * MLP), (64, 4096, 4096)] {
+    for (rows, inputs, outputs) in [(8192, HIDDEN, 512), (8192, HIDDEN, 2 * MLP), (16, 4096, 4096), (64, 4096, 4096)] {
         linear(&cpu, threads, (rows, inputs, outputs));
     }
     few_rows(&cpu, (1, 4096, 14336));
