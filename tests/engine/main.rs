@@ -1,0 +1,14 @@
+//! The layer loop against an independent oracle: every strategy, selector, number of hosts and number of ranks.
+//!
+//! Invariant: the oracle shares no code with the engine; it is dense, slow, in f64, and written from the algorithm alone.
+
+mod failures;
+mod forward;
+mod goldens;
+mod instrumented;
+mod memory;
+mod models;
+mod oracle;
+mod runs;
+mod service;
+mod strategies;
