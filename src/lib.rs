@@ -11,5 +11,6 @@ pub mod generate;
 pub mod job;
 pub mod model;
 pub mod plan;
+pub mod prompt;
 pub mod store;
 pub mod telemetry;

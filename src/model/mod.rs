@@ -2,6 +2,7 @@
 //!
 //! Invariant: knows files and shapes; no queue, store, document or plan.
 
+pub mod chat;
 mod config;
 mod error;
 mod load;
