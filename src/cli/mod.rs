@@ -5,6 +5,7 @@
 //!
 //! Invariant: only here is something parsed from arguments or printed; the exit codes are those of [`Status`] and [`CliError`].
 
+pub mod forward;
 pub mod run;
 
 use std::io::{self, Write};
@@ -31,6 +32,8 @@ pub struct Cli {
 pub enum Command {
     /// Process files and folders on this machine; needs no service.
     Run(run::Args),
+    /// Run token ids through a model and print logits, for comparison with other implementations.
+    Forward(forward::Args),
 }
 
 impl Command {
@@ -38,6 +41,7 @@ impl Command {
     pub fn execute(self) -> Result<Status, CliError> {
         match self {
             Self::Run(args) => args.execute(),
+            Self::Forward(args) => args.execute(),
         }
     }
 }

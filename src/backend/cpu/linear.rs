@@ -10,8 +10,8 @@ use super::view::{Tile, View, ViewMut, multiply_transposed};
 use super::weight::Weight;
 use crate::backend::BackendError;
 
-/// Up to this many rows a product is bound by reading the weights, and done without packing them.
-const FEW_ROWS: usize = 6;
+/// Up to this many rows packing the weights would cost more than it brings.
+const FEW_ROWS: usize = 32;
 /// Rows of a tile: enough of them to make packing the weights cheap.
 pub(super) const TILE_ROWS: usize = 256;
 /// Output features of a tile.

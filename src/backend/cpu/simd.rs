@@ -55,24 +55,39 @@ pub(super) fn silu<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     simd.div_f32s(x, simd.add_f32s(simd.splat_f32s(1.0), exp(simd, exponent)))
 }
 
-/// The sums of products of `x` with each of `rows`, all of its length.
+/// The sums of products of each of `xs` with each of `ys`, all of one length: `[x][y]`.
 #[inline(always)]
-pub(super) fn dots<S: Simd, const N: usize>(simd: S, x: &[f32], rows: [&[f32]; N]) -> [f32; N] {
-    let (heads, tail) = S::as_simd_f32s(x);
-    let mut sums = [simd.splat_f32s(0.0); N];
-    let split = rows.map(|row| S::as_simd_f32s(&row[..x.len()]));
-    for (i, &x) in heads.iter().enumerate() {
-        for n in 0..N {
-            sums[n] = simd.mul_add_f32s(x, split[n].0[i], sums[n]);
+pub(super) fn dots<S: Simd, const X: usize, const Y: usize>(
+    simd: S,
+    xs: [&[f32]; X],
+    ys: [&[f32]; Y],
+) -> [[f32; Y]; X] {
+    let length = xs[0].len();
+    let xs = xs.map(|x| S::as_simd_f32s(&x[..length]));
+    let ys = ys.map(|y| S::as_simd_f32s(&y[..length]));
+    let mut sums = [[simd.splat_f32s(0.0); Y]; X];
+    for i in 0..xs[0].0.len() {
+        add_products(simd, xs.map(|x| x.0[i]), ys.map(|y| y.0[i]), &mut sums);
+    }
+    if !xs[0].1.is_empty() {
+        let load = |row: (&[S::f32s], &[f32])| simd.partial_load_f32s(row.1);
+        add_products(simd, xs.map(load), ys.map(load), &mut sums);
+    }
+    sums.map(|sums| sums.map(|sum| simd.reduce_sum_f32s(sum)))
+}
+
+#[inline(always)]
+fn add_products<S: Simd, const X: usize, const Y: usize>(
+    simd: S,
+    xs: [S::f32s; X],
+    ys: [S::f32s; Y],
+    sums: &mut [[S::f32s; Y]; X],
+) {
+    for x in 0..X {
+        for y in 0..Y {
+            sums[x][y] = simd.mul_add_f32s(xs[x], ys[y], sums[x][y]);
         }
     }
-    if !tail.is_empty() {
-        let x = simd.partial_load_f32s(tail);
-        for n in 0..N {
-            sums[n] = simd.mul_add_f32s(x, simd.partial_load_f32s(split[n].1), sums[n]);
-        }
-    }
-    sums.map(|sum| simd.reduce_sum_f32s(sum))
 }
 
 #[cfg(test)]

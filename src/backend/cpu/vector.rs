@@ -159,7 +159,7 @@ impl WithSimd for Dot<'_> {
     type Output = f32;
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> f32 {
-        dots(simd, self.x, [self.y])[0]
+        dots(simd, [self.x], [self.y])[0][0]
     }
 }
 
@@ -171,14 +171,31 @@ struct FewRowsTransposed<'a, 'b> {
 }
 
 impl FewRowsTransposed<'_, '_> {
+    /// All rows of `x` against `N` of `w`.
     #[inline(always)]
     fn columns<S: Simd, const N: usize>(&mut self, simd: S, col: usize) {
-        let rows: [&[f32]; N] = std::array::from_fn(|n| self.w.row(col + n));
-        for r in 0..self.x.rows {
-            let sums = dots(simd, self.x.row(r), rows);
-            let out = &mut self.out.row_mut(r)[col..col + N];
-            for n in 0..N {
-                out[n] = if self.accumulate { out[n] + sums[n] } else { sums[n] };
+        // As many sums at a time as the registers hold.
+        let wide = if S::F32_LANES >= 16 { self.x.rows / 4 * 4 } else { 0 };
+        for row in (0..wide).step_by(4) {
+            self.block::<S, 4, N>(simd, row, col);
+        }
+        let pairs = wide + (self.x.rows - wide) / 2 * 2;
+        for row in (wide..pairs).step_by(2) {
+            self.block::<S, 2, N>(simd, row, col);
+        }
+        if pairs < self.x.rows {
+            self.block::<S, 1, N>(simd, pairs, col);
+        }
+    }
+
+    #[inline(always)]
+    fn block<S: Simd, const M: usize, const N: usize>(&mut self, simd: S, row: usize, col: usize) {
+        let xs = std::array::from_fn::<_, M, _>(|m| self.x.row(row + m));
+        let ws = std::array::from_fn::<_, N, _>(|n| self.w.row(col + n));
+        for (m, sums) in dots(simd, xs, ws).into_iter().enumerate() {
+            let out = &mut self.out.row_mut(row + m)[col..col + N];
+            for (out, sum) in out.iter_mut().zip(sums) {
+                *out = if self.accumulate { *out + sum } else { sum };
             }
         }
     }
