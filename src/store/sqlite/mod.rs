@@ -37,7 +37,7 @@ macro_rules! now {
         "CAST(unixepoch('subsec') * 1000 AS INTEGER)"
     };
 }
-pub(self) use now;
+use now;
 
 /// A store in a file.
 pub struct SqliteStore {
