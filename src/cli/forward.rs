@@ -8,7 +8,8 @@ use std::time::Duration;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
-use crate::engine::{Driver, Engine, EngineError, Job, LocalEngine, LocalOptions, Progress};
+use crate::engine::devices::Devices;
+use crate::engine::{Driver, Engine, EngineError, Job, LocalEngine, LocalOptions, ModelEngine, Progress};
 use crate::generate::generator::Step;
 use crate::generate::sampler::argmax;
 use crate::plan::{AttentionMode, AttentionRequest, PrefillPlan, Selector};
@@ -126,7 +127,7 @@ impl Args {
         }
     }
 
-    fn forward(&self, engine: &LocalEngine, input: &Input) -> Result<Status, CliError> {
+    fn forward<D: Devices>(&self, engine: &ModelEngine<D>, input: &Input) -> Result<Status, CliError> {
         let (context, query) = (&input.context[..], &input.query[..]);
         let plan = engine.plan(context.len(), query.len(), self.query_at, &self.request()).map_err(cli_error)?;
         let job = Job { context, query, plan: &plan, new_tokens: self.steps };

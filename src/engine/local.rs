@@ -22,9 +22,9 @@ use super::host_memory::available_bytes;
 use super::service::ModelEngine;
 use super::{EngineError, HEADS_FILE};
 
-/// How long a rank waits for the others in a collective. They compute the same layer on as many threads; a rank that is
-/// so much later is not coming.
-const PEER_DEADLINE: Duration = Duration::from_secs(15 * 60);
+/// How long a rank waits for the others in a collective. One that fails is noticed at once; this is for one that is stuck, and
+/// far longer than the layer of any context that a processor can be asked to read.
+const PEER_DEADLINE: Duration = Duration::from_secs(60 * 60);
 
 /// Rows that a thread of the backend works on at a time, at most.
 const SCRATCH_ROWS: usize = 512;

@@ -7,6 +7,7 @@ use apbd::engine::{Engine, EngineError, HEADS_FILE, InferRequest, LocalEngine, L
 use apbd::generate::{GenerationOptions, StopReason};
 use apbd::model::tokenizer::Tokenizer;
 use apbd::plan::{AttentionMode, AttentionRequest, Selector};
+use serde_json::json;
 
 fn fixture() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model")
@@ -55,6 +56,41 @@ fn generates_text_and_reports_every_layer_and_token() {
     let reports = reports.into_inner().unwrap();
     assert_eq!(reports[..9], std::array::from_fn::<_, 9, _>(|done| Progress::Prefill { layers_done: done, layers: 8 }));
     assert_eq!(reports[9], Progress::Generate { tokens: 1, at_most: 6 });
+}
+
+#[test]
+fn a_schema_is_followed_to_its_end() {
+    let engine = open(LocalOptions::default());
+    let mut asked = request("# Minutes\nThe reference number is 152/1540. The owner is Kate Waethy.", 60);
+    let text = json!({ "type": "string", "maxLength": 12 });
+    asked.generation.schema = Some(json!({
+        "type": "object", "properties": { "owner": text, "number": text },
+        "required": ["owner", "number"], "additionalProperties": false,
+    }));
+    let outcome = engine.infer(&asked, &|_| true).unwrap();
+    assert!(matches!(outcome.stop, StopReason::GrammarComplete | StopReason::EndOfText), "{outcome:?}");
+    let value: serde_json::Value = serde_json::from_str(&outcome.text).unwrap();
+    assert_eq!(value.as_object().unwrap().keys().collect::<Vec<_>>(), ["owner", "number"]);
+    asked.generation.schema = Some(json!({ "type": "no such type" }));
+    let error = engine.infer(&asked, &|_| true).unwrap_err();
+    assert!(matches!(&error, EngineError::Input { reason } if reason.contains("schema")), "{error}");
+}
+
+#[test]
+fn a_seed_repeats_and_a_stop_string_ends() {
+    let engine = open(LocalOptions::default());
+    let mut asked = request("The harbour opens at nine. The archive is closed on Mondays.", 20);
+    asked.generation.temperature = 1.5;
+    asked.generation.seed = 11;
+    let first = engine.infer(&asked, &|_| true).unwrap();
+    assert_eq!(engine.infer(&asked, &|_| true).unwrap().tokens, first.tokens);
+    let middle: String = first.text.chars().skip(2).take(3).collect();
+    asked.generation.stop = vec![middle.clone()];
+    let stopped = engine.infer(&asked, &|_| true).unwrap();
+    assert_eq!(stopped.stop, StopReason::StopString);
+    assert_eq!(stopped.text, first.text[..first.text.find(&middle).unwrap()]);
+    asked.generation.top_p = 0.0;
+    assert!(matches!(engine.infer(&asked, &|_| true), Err(EngineError::Input { .. })));
 }
 
 #[test]
