@@ -58,6 +58,38 @@ fn generates_text_and_reports_every_layer_and_token() {
     assert_eq!(reports[9], Progress::Generate { tokens: 1, at_most: 6 });
 }
 
+/// The prompt of a question about a document, as the fixture model was trained on it.
+fn question(document: &str, question: &str, attention: AttentionRequest) -> InferRequest {
+    let tokenizer = Tokenizer::load(&fixture()).unwrap();
+    let head = "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n";
+    let ask = format!("\n\nAnswer from the document above: {question}");
+    let tail = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n";
+    let mut context = tokenizer.encode_template(head).unwrap();
+    let query_at = context.len();
+    context.extend(tokenizer.encode_plain(document).unwrap());
+    let query = [tokenizer.encode_plain(&ask).unwrap(), tokenizer.encode_template(tail).unwrap()].concat();
+    InferRequest { query_at, attention, context, query, generation: GenerationOptions::default() }
+}
+
+#[test]
+fn a_real_document_is_answered_right_by_full_and_by_apb() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/documents");
+    let document = std::fs::read_to_string(folder.join("ownership.md")).unwrap();
+    let questions = std::fs::read_to_string(folder.join("questions.jsonl")).unwrap();
+    let questions = questions.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+    let asked = questions.filter(|asked| asked["document"] == "ownership.md" && asked["kind"] == "record").take(1);
+    let engine = open(LocalOptions { ranks: 2, ..LocalOptions::default() });
+    for asked in asked {
+        for mode in [AttentionMode::Full, AttentionMode::Apb] {
+            let attention = AttentionRequest { mode: Some(mode), ..AttentionRequest::default() };
+            let request = question(&document, asked["question"].as_str().unwrap(), attention);
+            let outcome = engine.infer(&request, &|_| true).unwrap();
+            assert_eq!(outcome.text, asked["answer"], "{mode:?}: {}", asked["question"]);
+            assert_eq!(outcome.stop, StopReason::EndOfText);
+        }
+    }
+}
+
 #[test]
 fn a_schema_is_followed_to_its_end() {
     let engine = open(LocalOptions::default());
