@@ -2,6 +2,9 @@
 //!
 //! Invariant: rows of any length; lanes beyond the end of a row never reach a result.
 
+// Closures handed to functions that are not inlined are compiled without the instruction set: hence loops over indices.
+#![allow(clippy::needless_range_loop)]
+
 use std::sync::LazyLock;
 
 use pulp::{Arch, Simd, WithSimd};
@@ -190,12 +193,18 @@ impl FewRowsTransposed<'_, '_> {
 
     #[inline(always)]
     fn block<S: Simd, const M: usize, const N: usize>(&mut self, simd: S, row: usize, col: usize) {
-        let xs = std::array::from_fn::<_, M, _>(|m| self.x.row(row + m));
-        let ws = std::array::from_fn::<_, N, _>(|n| self.w.row(col + n));
-        for (m, sums) in dots(simd, xs, ws).into_iter().enumerate() {
+        let (mut xs, mut ws) = ([&[] as &[f32]; M], [&[] as &[f32]; N]);
+        for m in 0..M {
+            xs[m] = self.x.row(row + m);
+        }
+        for n in 0..N {
+            ws[n] = self.w.row(col + n);
+        }
+        let sums = dots(simd, xs, ws);
+        for m in 0..M {
             let out = &mut self.out.row_mut(row + m)[col..col + N];
-            for (out, sum) in out.iter_mut().zip(sums) {
-                *out = if self.accumulate { *out + sum } else { sum };
+            for n in 0..N {
+                out[n] = if self.accumulate { out[n] + sums[m][n] } else { sums[m][n] };
             }
         }
     }
@@ -225,20 +234,26 @@ impl FewRowsAdd<'_, '_> {
     /// Adds rows `first..first + N` of `v`, weighted.
     #[inline(always)]
     fn rows<S: Simd, const N: usize>(&mut self, simd: S, first: usize) {
-        let rows: [_; N] = std::array::from_fn(|n| S::as_simd_f32s(self.v.row(first + n)));
+        let (mut heads, mut tails) = ([&[] as &[S::f32s]; N], [&[] as &[f32]; N]);
+        for n in 0..N {
+            (heads[n], tails[n]) = S::as_simd_f32s(self.v.row(first + n));
+        }
         for r in 0..self.p.rows {
             let p = &self.p.row(r)[first..first + N];
-            let p: [S::f32s; N] = std::array::from_fn(|n| simd.splat_f32s(p[n]));
-            let (heads, tail) = S::as_mut_simd_f32s(self.out.row_mut(r));
-            for (i, out) in heads.iter_mut().enumerate() {
+            let mut weights = [simd.splat_f32s(0.0); N];
+            for n in 0..N {
+                weights[n] = simd.splat_f32s(p[n]);
+            }
+            let (out, tail) = S::as_mut_simd_f32s(self.out.row_mut(r));
+            for (i, out) in out.iter_mut().enumerate() {
                 for n in 0..N {
-                    *out = simd.mul_add_f32s(p[n], rows[n].0[i], *out);
+                    *out = simd.mul_add_f32s(weights[n], heads[n][i], *out);
                 }
             }
             if !tail.is_empty() {
                 let mut last = simd.partial_load_f32s(tail);
                 for n in 0..N {
-                    last = simd.mul_add_f32s(p[n], simd.partial_load_f32s(rows[n].1), last);
+                    last = simd.mul_add_f32s(weights[n], simd.partial_load_f32s(tails[n]), last);
                 }
                 simd.partial_store_f32s(tail, last);
             }
