@@ -62,7 +62,7 @@ pub(super) fn product(
     out: ViewMut<'_>,
 ) {
     let tile_cols = match x.rows {
-        0..=FEW_ROWS => FEW_ROWS_GRAIN.div_ceil(w.cols.max(1)),
+        0..=FEW_ROWS => FEW_ROWS_GRAIN.div_ceil(w.cols.max(1)).next_multiple_of(4),
         _ => TILE_COLS,
     };
     let tiles = out.tiles(TILE_ROWS, tile_cols);
