@@ -34,7 +34,9 @@ fn main() {
         linear_of_one(&cpu, (4096, 14336));
     }
     if wanted("linear") {
-        for sizes in [(8192, HIDDEN, 512), (8192, HIDDEN, 2 * MLP), (16, 4096, 4096), (64, 4096, 4096)] {
+        for sizes in
+            [(8192, HIDDEN, 512), (8192, HIDDEN, 2 * MLP), (16, 4096, 4096), (64, 4096, 4096), (64, HIDDEN, 512)]
+        {
             linear(&cpu, threads, sizes);
         }
         mlp(&cpu, threads, 8192);

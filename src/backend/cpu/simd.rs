@@ -132,7 +132,7 @@ mod tests {
     use pulp::{Simd, WithSimd};
 
     use super::{exp, exp2, silu};
-    use crate::backend::cpu::vector::on_every_instruction_set;
+    use crate::backend::cpu::vector::instruction_sets;
 
     #[derive(Clone, Copy)]
     enum Function {
@@ -158,6 +158,10 @@ mod tests {
             }
             out
         }
+    }
+
+    fn on_every_instruction_set(function: Each) -> Vec<Vec<f32>> {
+        instruction_sets().into_iter().map(|set| set.dispatch(function.clone())).collect()
     }
 
     fn worst(function: Function, from: f32, to: f32, reference: impl Fn(f64) -> f64) -> f64 {

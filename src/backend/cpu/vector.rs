@@ -14,9 +14,21 @@ use super::view::{View, ViewMut};
 
 /// Runs an operation with the best instruction set, which is looked for once.
 pub(super) fn dispatch<Op: WithSimd>(op: Op) -> Op::Output {
-    static BEST: LazyLock<Arch> = LazyLock::new(Arch::new);
-    BEST.dispatch(op)
+    instruction_set().dispatch(op)
 }
+
+fn instruction_set() -> Arch {
+    static BEST: LazyLock<Arch> = LazyLock::new(Arch::new);
+    #[cfg(test)]
+    if let Some(forced) = FORCED.get() {
+        return forced;
+    }
+    *BEST
+}
+
+// What this thread has to use instead of the best, so that tests go through every path of the machine.
+#[cfg(test)]
+thread_local!(pub(super) static FORCED: std::cell::Cell<Option<Arch>> = const { std::cell::Cell::new(None) });
 
 /// `out = silu(gate) * up`.
 pub(super) fn silu_times(gate: &[f32], up: &[f32], out: &mut [f32]) {
@@ -275,16 +287,16 @@ impl WithSimd for FewRowsAdd<'_, '_> {
     }
 }
 
-/// What an operation gives with every instruction set that this machine has.
+/// Every instruction set that this machine has, the plainest first.
 #[cfg(test)]
-pub(super) fn on_every_instruction_set<Op: WithSimd + Clone>(op: Op) -> Vec<Op::Output> {
-    let mut outputs = vec![Simd::vectorize(pulp::Scalar, op.clone())];
+pub(super) fn instruction_sets() -> Vec<Arch> {
+    let mut sets = vec![Arch::Scalar];
     #[cfg(target_arch = "x86_64")]
     {
-        outputs.extend(pulp::x86::V3::try_new().map(|simd| Simd::vectorize(simd, op.clone())));
-        outputs.extend(pulp::x86::V4::try_new().map(|simd| Simd::vectorize(simd, op.clone())));
+        sets.extend(pulp::x86::V3::try_new().map(Arch::V3));
+        sets.extend(pulp::x86::V4::try_new().map(Arch::V4));
     }
     #[cfg(target_arch = "aarch64")]
-    outputs.extend(pulp::aarch64::Neon::try_new().map(|simd| Simd::vectorize(simd, op.clone())));
-    outputs
+    sets.extend(pulp::aarch64::Neon::try_new().map(Arch::Neon));
+    sets
 }
