@@ -274,6 +274,28 @@ pub trait Backend: Send + Sync {
         part_first_row: usize,
     ) -> Result<(), BackendError>;
 
+    /// Merges `count` partial results of the same `rows` query rows, which are stacked in `parts` and `part_lse` (partial `i` is
+    /// rows `i * rows ..`), into the first `rows` rows of `out`, in the order of the stack: what the distributed query and
+    /// decode need, once a layer and token. A backend may well do it in one kernel.
+    fn merge_stacked(
+        &self,
+        shape: HeadShape,
+        rows: usize,
+        count: usize,
+        parts: &Self::Matrix,
+        part_lse: &Self::Scores,
+        out: &mut Self::Matrix,
+    ) -> Result<(), BackendError> {
+        let mut lse = self.scores(rows, shape.heads)?;
+        // A finite `out` with an LSE of -inf weighs nothing, so that the first merge is a copy.
+        self.copy_rows(parts, 0, rows, out, 0)?;
+        self.set_scores(&vec![f32::NEG_INFINITY; rows * shape.heads], &mut lse)?;
+        for part in 0..count {
+            self.merge(shape, 0..rows, out, &mut lse, parts, part_lse, part * rows)?;
+        }
+        Ok(())
+    }
+
     /// `dst[dst_row + i] = src[src_row + i]` for `rows` rows.
     fn copy_rows(
         &self,

@@ -1,1 +1,167 @@
 //! Ranks as threads of one process.
+//!
+//! Every collective is a round: each rank deposits what it brings, and takes what the others brought once they have all
+//! come. Starting one is depositing, so it never waits; awaiting it is taking.
+//!
+//! Invariant: no data is copied while the rounds are locked; a rank that waits is woken by every deposit, abort and departure.
+
+mod rounds;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use super::{Comm, CommError};
+use crate::backend::cpu::{Matrix, Scores};
+use rounds::{Call, Deposit, Rounds};
+
+/// One rank's end of a communicator between threads. Dropping it while others wait for it aborts them.
+pub struct LocalComm {
+    rank: usize,
+    size: usize,
+    /// Collectives started so far by this rank: the number of the next round.
+    started: AtomicU64,
+    rounds: Arc<Rounds>,
+}
+
+/// A collective that has been started, and the matrix it works on.
+#[must_use = "a started collective has to be finished"]
+pub struct Pending {
+    round: u64,
+    call: Call,
+    rows: Matrix,
+}
+
+impl LocalComm {
+    /// The ends of a communicator of `size` ranks, by rank. No call waits longer than `deadline` for the other ranks.
+    ///
+    /// # Panics
+    /// If `size` is 0.
+    pub fn group(size: usize, deadline: Duration) -> Vec<LocalComm> {
+        assert!(size > 0, "a communicator has at least one rank");
+        let rounds = Arc::new(Rounds::new(size, deadline));
+        (0..size).map(|rank| LocalComm { rank, size, started: AtomicU64::new(0), rounds: rounds.clone() }).collect()
+    }
+
+    fn deposit(&self, call: &Call, rows: Vec<f32>, value: u64) -> Result<u64, CommError> {
+        let round = self.started.fetch_add(1, Ordering::Relaxed);
+        self.rounds.deposit(round, self.rank, Deposit { call: call.clone(), rows: Arc::new(rows), value })?;
+        Ok(round)
+    }
+
+    /// Starts a collective that carries one number, and awaits it.
+    fn exchange(&self, call: Call, value: u64) -> Result<Vec<Deposit>, CommError> {
+        let round = self.deposit(&call, Vec::new(), value)?;
+        self.rounds.take(round, self.rank, call.op())
+    }
+
+    fn check_counts(&self, op: &'static str, rows: usize, counts: &[usize]) -> Result<(), CommError> {
+        let wanted: usize = counts.iter().sum();
+        if counts.len() != self.size || wanted > rows {
+            return Err(self.refuse(op, format!("{} counts for {rows} rows", self.size), format!("{counts:?}")));
+        }
+        Ok(())
+    }
+
+    /// A call that is wrong by itself: the other ranks would wait for it in vain, so it ends the communicator.
+    fn refuse(&self, op: &'static str, expected: String, got: String) -> CommError {
+        let error = CommError::Mismatch { op, rank: self.rank, expected, got };
+        self.abort(&error.to_string());
+        error
+    }
+}
+
+/// Copies every peer's rows to their place among `counts`.
+fn place_gathered(rank: usize, counts: &[usize], deposits: &[Deposit], into: &mut Matrix) {
+    let width = into.cols();
+    let mut first = 0;
+    for (peer, (deposit, count)) in deposits.iter().zip(counts).enumerate() {
+        let elements = first * width..(first + count) * width;
+        if peer != rank {
+            into.data_mut()[elements].copy_from_slice(&deposit.rows);
+        }
+        first += count;
+    }
+}
+
+/// The rows this rank brings to an all-gather.
+fn own_rows(rank: usize, counts: &[usize], rows: &Matrix) -> Vec<f32> {
+    let first: usize = counts[..rank].iter().sum();
+    rows.data()[first * rows.cols()..(first + counts[rank]) * rows.cols()].to_vec()
+}
+
+impl Comm<Matrix, Scores> for LocalComm {
+    type Pending = Pending;
+
+    fn rank(&self) -> usize {
+        self.rank
+    }
+
+    fn size(&self) -> usize {
+        self.size
+    }
+
+    fn all_gather(&self, rows: Matrix, counts: &[usize]) -> Result<Pending, CommError> {
+        self.check_counts("all-gather", rows.rows(), counts)?;
+        let call = Call::AllGather { counts: counts.to_vec(), cols: rows.cols() };
+        let round = self.deposit(&call, own_rows(self.rank, counts, &rows), 0)?;
+        Ok(Pending { round, call, rows })
+    }
+
+    fn rotate(&self, rows: Matrix, send_rows: usize, receive_rows: usize) -> Result<Pending, CommError> {
+        let most = send_rows.max(receive_rows);
+        if most > rows.rows() {
+            return Err(self.refuse("rotate", format!("{} rows at most", rows.rows()), format!("{most} rows")));
+        }
+        let call = Call::Rotate { send_rows, receive_rows, cols: rows.cols() };
+        let sent = rows.data()[..send_rows * rows.cols()].to_vec();
+        let round = self.deposit(&call, sent, 0)?;
+        Ok(Pending { round, call, rows })
+    }
+
+    fn finish(&self, pending: Pending) -> Result<Matrix, CommError> {
+        let Pending { round, call, mut rows } = pending;
+        let deposits = self.rounds.take(round, self.rank, call.op())?;
+        match call {
+            Call::AllGather { counts, .. } => place_gathered(self.rank, &counts, &deposits, &mut rows),
+            _ => {
+                let previous = &deposits[(self.rank + self.size - 1) % self.size];
+                rows.data_mut()[..previous.rows.len()].copy_from_slice(&previous.rows);
+            }
+        }
+        Ok(rows)
+    }
+
+    fn all_gather_scores(&self, rows: &mut Scores, counts: &[usize]) -> Result<(), CommError> {
+        self.check_counts("all-gather of scores", rows.rows(), counts)?;
+        let call = Call::AllGatherScores { counts: counts.to_vec(), cols: rows.cols() };
+        let round = self.deposit(&call, own_rows(self.rank, counts, rows), 0)?;
+        let deposits = self.rounds.take(round, self.rank, call.op())?;
+        place_gathered(self.rank, counts, &deposits, rows);
+        Ok(())
+    }
+
+    fn broadcast(&self, root: usize, value: u64) -> Result<u64, CommError> {
+        if root >= self.size {
+            return Err(self.refuse("broadcast", format!("a root below {}", self.size), format!("{root}")));
+        }
+        Ok(self.exchange(Call::Broadcast { root }, value)?[root].value)
+    }
+
+    fn barrier(&self) -> Result<(), CommError> {
+        self.exchange(Call::Barrier, 0).map(drop)
+    }
+
+    fn abort(&self, reason: &str) {
+        self.rounds.abort(self.rank, reason);
+    }
+}
+
+impl Drop for LocalComm {
+    fn drop(&mut self) {
+        self.rounds.leave(self.rank);
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -6,6 +6,8 @@
 //!
 //! Invariant: no rank can hang: every wait ends by its deadline, by an abort, or because a peer is gone.
 
+#[cfg(test)]
+pub(crate) mod conformance;
 pub mod local;
 
 /// Why a collective did not complete.

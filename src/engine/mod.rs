@@ -2,12 +2,36 @@
 //!
 //! Invariant: knows no queue, no store and no document; tokens in, tokens out.
 
+mod attention;
+mod control;
+mod decode;
+pub mod devices;
+mod digest;
+mod host_memory;
+mod infer;
+mod kv;
+mod local;
+mod prefill;
+mod rank;
+mod ranks;
+mod service;
+
 use std::time::Duration;
+
+pub use control::Driver;
+pub use infer::{Job, Timing};
+pub use local::{CpuDevices, LocalEngine, LocalOptions, OpenError};
+pub use rank::{Rank, RankError};
+pub use ranks::run;
+pub use service::{MAX_HOSTS, ModelEngine};
 
 use serde::{Deserialize, Serialize};
 
 use crate::generate::{GenerationOptions, StopReason};
 use crate::plan::{AttentionRequest, PrefillPlan};
+
+/// The retaining heads of a model that has them, in its directory.
+pub const HEADS_FILE: &str = "retaining_heads.safetensors";
 
 /// One prefill with its generation. Serialisable: it crosses the socket to the engine's process.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -94,8 +118,14 @@ pub type Observer<'a> = &'a (dyn Fn(Progress) -> bool + Sync);
 pub trait Engine: Send + Sync {
     /// What it serves.
     fn info(&self) -> EngineInfo;
-    /// The plan that [`Engine::infer`] would use, or why it would refuse.
-    fn plan(&self, context: usize, query: usize, request: &AttentionRequest) -> Result<PrefillPlan, EngineError>;
+    /// The plan that [`Engine::infer`] would use for so many tokens, or why it would refuse. `query_at` as in [`InferRequest`].
+    fn plan(
+        &self,
+        context: usize,
+        query: usize,
+        query_at: usize,
+        request: &AttentionRequest,
+    ) -> Result<PrefillPlan, EngineError>;
     /// Runs one request to its end.
     fn infer(&self, request: &InferRequest, observer: Observer<'_>) -> Result<InferOutcome, EngineError>;
 }

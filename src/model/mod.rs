@@ -2,7 +2,20 @@
 //!
 //! Invariant: knows files and shapes; no queue, store, document or plan.
 
+pub mod chat;
+mod config;
+mod error;
+mod load;
+mod rope;
+mod tensors;
+#[cfg(test)]
+mod tests;
+pub mod tokenizer;
+pub mod torch;
 pub mod weights;
+
+pub use error::ModelError;
+pub use load::HEADS_FILE;
 
 use crate::backend::HeadShape;
 

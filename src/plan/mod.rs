@@ -3,8 +3,17 @@
 //! Invariant: no I/O, no model, no device; a plan follows from the numbers alone, and every token of the context is in
 //! exactly one local block.
 
+mod layout;
+mod memory;
+mod settings;
+mod split;
+#[cfg(test)]
+mod tests;
+
 use std::ops::Range;
 
+pub use layout::RankLayout;
+pub use memory::{Footprint, QUERY_CHUNK};
 use serde::{Deserialize, Serialize};
 
 /// Attention strategy of a prefill.
@@ -93,6 +102,38 @@ pub struct Host {
     pub compressed: usize,
 }
 
+/// What a model and an engine can do, as far as a plan depends on it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Capabilities {
+    /// The model has trained retaining heads.
+    pub has_retaining_heads: bool,
+    /// Hosts at most in one plan.
+    pub max_hosts: usize,
+}
+
+/// Why there is no plan for a request. All of these are mistakes in the request.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PlanError {
+    /// There is nothing to prefill.
+    #[error("the context has no tokens")]
+    EmptyContext,
+    /// There is nothing to generate from.
+    #[error("the query has no tokens")]
+    EmptyQuery,
+    /// The tokens before the document are more than the context has.
+    #[error("the query stands after {query_at} tokens of the context in the anchor, the context has {context}")]
+    QueryAt { query_at: usize, context: usize },
+    /// No host, or more than are allowed.
+    #[error("{hosts} hosts were asked for; between 1 and {max_hosts} are possible")]
+    Hosts { hosts: usize, max_hosts: usize },
+    /// Trained heads were asked for and are not there.
+    #[error("the model has no retaining heads; give it a file of them, or choose the query-aware selector")]
+    NoRetainingHeads,
+    /// Positions are 32 bits wide.
+    #[error("{tokens} tokens are more than any plan can hold")]
+    TooLong { tokens: usize },
+}
+
 /// A context cut into hosts.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PrefillPlan {
@@ -112,4 +153,23 @@ pub struct PrefillPlan {
     pub exact: bool,
     /// What differs from what was asked, in words: fewer hosts, query left out of the anchor.
     pub notes: Vec<String>,
+}
+
+impl PrefillPlan {
+    /// Compressed rows of the hosts before `host`, in their order: its passing block. With `hosts.len()`, those of all.
+    pub fn compressed_before(&self, host: usize) -> usize {
+        self.hosts[..host].iter().map(|host| host.compressed).sum()
+    }
+
+    /// Compressed rows of all hosts.
+    pub fn compressed(&self) -> usize {
+        self.compressed_before(self.hosts.len())
+    }
+
+    /// The anchor's tokens, in order; nothing without an anchor.
+    pub fn anchor_tokens(&self, context: &[u32], query: &[u32]) -> Vec<u32> {
+        let Some(anchor) = &self.anchor else { return Vec::new() };
+        let query = if anchor.has_query { query } else { &[] };
+        [&context[..anchor.head], query, &context[anchor.head..anchor.head + anchor.tail]].concat()
+    }
 }

@@ -1,0 +1,360 @@
+//! What every communicator has to do, as tests generic over how its ranks come to be.
+//!
+//! Values are small whole numbers, exact in every compute type. Delays are random but results must not depend on them.
+//!
+//! Invariant: every test ends, whatever the communicator does, because every group has a deadline.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+
+use super::{Comm, CommError};
+
+/// Longer than any test takes.
+pub const PATIENT: Duration = Duration::from_secs(60);
+const HASTY: Duration = Duration::from_millis(50);
+
+/// A communicator under test, with the means to write and read its matrices.
+pub trait Ranks: Sync {
+    type M: Send;
+    type S: Send;
+    type C: Comm<Self::M, Self::S>;
+
+    /// The ends of a fresh communicator, by rank.
+    fn group(&self, size: usize, deadline: Duration) -> Vec<Self::C>;
+    fn matrix(&self, comm: &Self::C, rows: usize, cols: usize, values: &[f32]) -> Self::M;
+    fn scores(&self, comm: &Self::C, rows: usize, cols: usize, values: &[f32]) -> Self::S;
+    fn matrix_values(&self, comm: &Self::C, matrix: &Self::M) -> Vec<f32>;
+    fn scores_values(&self, comm: &Self::C, scores: &Self::S) -> Vec<f32>;
+}
+
+/// Makes one `#[test]` of each function of the suite.
+macro_rules! suite {
+    ($ranks:expr) => {
+        $crate::comm::conformance::suite!($ranks;
+            all_gather_puts_the_rows_of_every_rank_in_order,
+            all_gather_of_scores_puts_the_rows_of_every_rank_in_order,
+            a_full_turn_of_the_ring_brings_everything_to_everybody,
+            collectives_in_flight_together_keep_apart,
+            broadcast_gives_every_rank_the_value_of_the_root,
+            nobody_passes_a_barrier_before_all_have_come,
+            random_collectives_with_random_delays_agree_with_their_definition,
+            an_abort_ends_every_collective_on_every_rank,
+            the_first_reason_of_an_abort_is_kept,
+            a_rank_that_dies_ends_every_collective_of_the_others,
+            a_rank_that_never_comes_ends_the_wait_of_the_others,
+            ranks_that_disagree_are_told_so,
+            sizes_wrong_by_themselves_are_refused,
+        );
+    };
+    ($ranks:expr; $($test:ident,)*) => {
+        $(#[test] fn $test() { $crate::comm::conformance::$test(&$ranks); })*
+    };
+}
+pub(crate) use suite;
+
+#[derive(Debug, Clone, Copy)]
+enum Op {
+    AllGather,
+    Scores,
+    Rotate,
+    Broadcast,
+    Barrier,
+}
+/// What a rank, whose number is the last argument, does.
+type Body<R> = fn(&R, &<R as Ranks>::C, usize) -> Result<(), CommError>;
+
+const OPS: [Op; 5] = [Op::AllGather, Op::Scores, Op::Rotate, Op::Broadcast, Op::Barrier];
+
+/// Runs `body` on every rank, each on its own thread, and returns what they returned.
+fn on_all<R: Ranks, T: Send>(
+    ranks: &R,
+    size: usize,
+    deadline: Duration,
+    body: impl Fn(usize, R::C) -> T + Sync,
+) -> Vec<T> {
+    let body = &body;
+    std::thread::scope(|scope| {
+        let ends = ranks.group(size, deadline).into_iter().enumerate();
+        let threads: Vec<_> = ends.map(|(rank, comm)| scope.spawn(move || body(rank, comm))).collect();
+        threads.into_iter().map(|thread| thread.join().expect("a rank panicked")).collect()
+    })
+}
+
+/// The value that rank `rank` puts at element `i` in its `turn`-th collective.
+fn value(turn: usize, rank: usize, i: usize) -> f32 {
+    ((turn * 31 + rank * 17 + i * 3) % 251) as f32
+}
+
+/// What an all-gather has to bring, and where `rank`'s own part of it lies.
+fn gathered(turn: usize, counts: &[usize], cols: usize) -> Vec<f32> {
+    let of_rank = |(rank, count): (usize, &usize)| (0..count * cols).map(move |i| value(turn, rank, i));
+    counts.iter().enumerate().flat_map(of_rank).collect()
+}
+
+/// The same with everything but `rank`'s rows spoilt, and a spare row at the end that nobody may touch.
+fn before_gather(turn: usize, rank: usize, counts: &[usize], cols: usize) -> Vec<f32> {
+    let mut values = gathered(turn, counts, cols);
+    let first = counts[..rank].iter().sum::<usize>() * cols;
+    let own = first..first + counts[rank] * cols;
+    values.iter_mut().enumerate().filter(|(i, _)| !own.contains(i)).for_each(|(_, v)| *v = -1.0);
+    values.extend(std::iter::repeat_n(7.0, cols));
+    values
+}
+
+fn check_all_gather<R: Ranks>(ranks: &R, comm: &R::C, turn: usize, counts: &[usize], cols: usize) {
+    let rows = counts.iter().sum::<usize>() + 1;
+    let matrix = ranks.matrix(comm, rows, cols, &before_gather(turn, comm.rank(), counts, cols));
+    let matrix = comm.all_gather(matrix, counts).and_then(|pending| comm.finish(pending)).expect("all-gather");
+    let values = ranks.matrix_values(comm, &matrix);
+    let (taken, spare) = values.split_at((rows - 1) * cols);
+    assert_eq!(taken, gathered(turn, counts, cols), "rank {}", comm.rank());
+    assert!(spare.iter().all(|&v| v == 7.0), "rows beyond the counts were written: {spare:?}");
+}
+
+fn check_scores<R: Ranks>(ranks: &R, comm: &R::C, turn: usize, counts: &[usize], cols: usize) {
+    let rows = counts.iter().sum::<usize>() + 1;
+    let mut scores = ranks.scores(comm, rows, cols, &before_gather(turn, comm.rank(), counts, cols));
+    comm.all_gather_scores(&mut scores, counts).expect("all-gather of scores");
+    assert_eq!(ranks.scores_values(comm, &scores)[..(rows - 1) * cols], gathered(turn, counts, cols));
+}
+
+fn check_rotate<R: Ranks>(ranks: &R, comm: &R::C, turn: usize, counts: &[usize], cols: usize) {
+    let (rank, size) = (comm.rank(), comm.size());
+    let previous = (rank + size - 1) % size;
+    let rows = counts[rank].max(counts[previous]);
+    let sent: Vec<f32> = (0..rows * cols).map(|i| value(turn, rank, i)).collect();
+    let matrix = ranks.matrix(comm, rows, cols, &sent);
+    let pending = comm.rotate(matrix, counts[rank], counts[previous]).expect("rotate");
+    let values = ranks.matrix_values(comm, &comm.finish(pending).expect("rotate"));
+    let wanted: Vec<f32> = (0..counts[previous] * cols).map(|i| value(turn, previous, i)).collect();
+    assert_eq!(values[..wanted.len()], wanted, "rank {rank}");
+}
+
+fn check_broadcast<C: Comm<M, S>, M, S>(comm: &C, turn: usize, root: usize) {
+    let given = |rank: usize| u64::MAX - (turn * 1000 + rank) as u64;
+    assert_eq!(comm.broadcast(root, given(comm.rank())).expect("broadcast"), given(root));
+}
+
+/// One collective of the given kind with sizes that agree on all ranks.
+fn call<R: Ranks>(ranks: &R, comm: &R::C, op: Op) -> Result<(), CommError> {
+    let counts = vec![2; comm.size()];
+    let elements = vec![1.0; comm.size() * 2 * 4];
+    let rows = comm.size() * 2;
+    match op {
+        Op::AllGather => {
+            comm.all_gather(ranks.matrix(comm, rows, 4, &elements), &counts).and_then(|p| comm.finish(p)).map(drop)
+        }
+        Op::Scores => comm.all_gather_scores(&mut ranks.scores(comm, rows, 4, &elements), &counts),
+        Op::Rotate => comm.rotate(ranks.matrix(comm, rows, 4, &elements), 2, 2).and_then(|p| comm.finish(p)).map(drop),
+        Op::Broadcast => comm.broadcast(0, 1).map(drop),
+        Op::Barrier => comm.barrier(),
+    }
+}
+
+fn pause(random: &mut StdRng) {
+    std::thread::sleep(Duration::from_micros(random.random_range(0..500)));
+}
+
+pub fn all_gather_puts_the_rows_of_every_rank_in_order<R: Ranks>(ranks: &R) {
+    for counts in [&[3][..], &[1, 2], &[0, 5], &[4, 0, 1], &[1, 1, 1, 1], &[2, 0, 0, 3, 1], &[0, 0]] {
+        on_all(ranks, counts.len(), PATIENT, |_, comm| check_all_gather(ranks, &comm, 1, counts, 6));
+    }
+}
+
+pub fn all_gather_of_scores_puts_the_rows_of_every_rank_in_order<R: Ranks>(ranks: &R) {
+    for counts in [&[3][..], &[1, 2], &[0, 5], &[4, 0, 1], &[1, 1, 1, 1]] {
+        on_all(ranks, counts.len(), PATIENT, |_, comm| check_scores(ranks, &comm, 1, counts, 5));
+    }
+}
+
+pub fn a_full_turn_of_the_ring_brings_everything_to_everybody<R: Ranks>(ranks: &R) {
+    let counts = [3, 1, 0, 2];
+    let (size, cols, most) = (counts.len(), 4, 3);
+    on_all(ranks, size, PATIENT, |rank, comm| {
+        let own: Vec<f32> = (0..most * cols).map(|i| value(0, rank, i)).collect();
+        let mut matrix = ranks.matrix(&comm, most, cols, &own);
+        for step in 0..size {
+            let holds = |rank: usize| (rank + size - step) % size;
+            let (sent, received) = (holds(rank), holds((rank + size - 1) % size));
+            let pending = comm.rotate(matrix, counts[sent], counts[received]).expect("rotate");
+            matrix = comm.finish(pending).expect("rotate");
+            let wanted: Vec<f32> = (0..counts[received] * cols).map(|i| value(0, received, i)).collect();
+            assert_eq!(ranks.matrix_values(&comm, &matrix)[..wanted.len()], wanted, "rank {rank}, step {step}");
+        }
+    });
+}
+
+pub fn collectives_in_flight_together_keep_apart<R: Ranks>(ranks: &R) {
+    let (counts, cols) = ([2, 3], 4);
+    on_all(ranks, 2, PATIENT, |rank, comm| {
+        let start = |turn| {
+            let mut before = before_gather(turn, rank, &counts, cols);
+            before.truncate(5 * cols);
+            comm.all_gather(ranks.matrix(&comm, 5, cols, &before), &counts).expect("all-gather")
+        };
+        let (keys, values) = (start(1), start(2));
+        let keys = comm.finish(keys).expect("keys");
+        let values = comm.finish(values).expect("values");
+        assert_eq!(ranks.matrix_values(&comm, &keys), gathered(1, &counts, cols));
+        assert_eq!(ranks.matrix_values(&comm, &values), gathered(2, &counts, cols));
+    });
+}
+
+pub fn broadcast_gives_every_rank_the_value_of_the_root<R: Ranks>(ranks: &R) {
+    for size in 1..=4 {
+        on_all(ranks, size, PATIENT, |_, comm| (0..size).for_each(|root| check_broadcast(&comm, root, root)));
+    }
+}
+
+pub fn nobody_passes_a_barrier_before_all_have_come<R: Ranks>(ranks: &R) {
+    let (size, turns, come) = (4, 20, AtomicUsize::new(0));
+    on_all(ranks, size, PATIENT, |rank, comm| {
+        let mut random = StdRng::seed_from_u64(rank as u64);
+        for turn in 1..=turns {
+            pause(&mut random);
+            come.fetch_add(1, Ordering::SeqCst);
+            comm.barrier().expect("barrier");
+            assert!(come.load(Ordering::SeqCst) >= turn * size, "rank {rank} was let through in turn {turn}");
+        }
+    });
+}
+
+pub fn random_collectives_with_random_delays_agree_with_their_definition<R: Ranks>(ranks: &R) {
+    for seed in 0..8 {
+        let size = 1 + seed as usize % 4;
+        on_all(ranks, size, PATIENT, |rank, comm| {
+            // The programme is the same on every rank, the delays are each rank's own.
+            let mut programme = StdRng::seed_from_u64(seed);
+            let mut delays = StdRng::seed_from_u64(1000 * (seed + 1) + rank as u64);
+            for turn in 0..40 {
+                let counts: Vec<usize> = (0..size).map(|_| programme.random_range(0..9)).collect();
+                let (op, cols) = (OPS[programme.random_range(0..OPS.len())], 2 * programme.random_range(1..9));
+                pause(&mut delays);
+                match op {
+                    Op::AllGather => check_all_gather(ranks, &comm, turn, &counts, cols),
+                    Op::Scores => check_scores(ranks, &comm, turn, &counts, cols),
+                    Op::Rotate => check_rotate(ranks, &comm, turn, &counts, cols),
+                    Op::Broadcast => check_broadcast(&comm, turn, turn % size),
+                    Op::Barrier => comm.barrier().expect("barrier"),
+                }
+            }
+        });
+    }
+}
+
+pub fn an_abort_ends_every_collective_on_every_rank<R: Ranks>(ranks: &R) {
+    for op in OPS {
+        for culprit in 0..3 {
+            let others_work = std::sync::Barrier::new(3);
+            on_all(ranks, 3, PATIENT, |rank, comm| {
+                call(ranks, &comm, op).expect("before the abort");
+                others_work.wait();
+                pause(&mut StdRng::seed_from_u64(rank as u64));
+                if rank == culprit {
+                    comm.abort("the device caught fire");
+                }
+                for again in 0..2 {
+                    match call(ranks, &comm, op) {
+                        Err(CommError::Aborted { rank: named, reason }) => {
+                            assert_eq!((named, reason.as_str()), (culprit, "the device caught fire"));
+                        }
+                        other => panic!("{op:?}, call {again} on rank {rank} after rank {culprit}'s abort: {other:?}"),
+                    }
+                }
+            });
+        }
+    }
+}
+
+pub fn the_first_reason_of_an_abort_is_kept<R: Ranks>(ranks: &R) {
+    on_all(ranks, 1, PATIENT, |_, comm| {
+        comm.abort("first");
+        comm.abort("second");
+        assert!(matches!(comm.barrier(), Err(CommError::Aborted { rank: 0, reason }) if reason == "first"));
+    });
+}
+
+pub fn a_rank_that_dies_ends_every_collective_of_the_others<R: Ranks>(ranks: &R) {
+    for op in OPS {
+        let all_alive = std::sync::Barrier::new(3);
+        on_all(ranks, 3, PATIENT, |rank, comm| {
+            call(ranks, &comm, op).expect("before the death");
+            all_alive.wait();
+            if rank == 1 {
+                return;
+            }
+            match call(ranks, &comm, op) {
+                Err(CommError::Aborted { rank: named, .. }) => assert_eq!(named, 1),
+                other => panic!("{op:?} on rank {rank} after rank 1 died: {other:?}"),
+            }
+        });
+    }
+}
+
+pub fn a_rank_that_never_comes_ends_the_wait_of_the_others<R: Ranks>(ranks: &R) {
+    for op in OPS {
+        let others_done = std::sync::Barrier::new(3);
+        let results = on_all(ranks, 3, HASTY, |rank, comm| {
+            let result = if rank == 2 { Ok(()) } else { call(ranks, &comm, op) };
+            others_done.wait();
+            (result, call(ranks, &comm, op))
+        });
+        let timed_out = |result: &Result<(), CommError>| matches!(result, Err(CommError::TimedOut { .. }));
+        assert!(results.iter().any(|(first, _)| timed_out(first)), "{op:?}: {results:?}");
+        assert!(results[..2].iter().all(|(first, _)| first.is_err()), "{op:?}: {results:?}");
+        let ended = |result: &Result<(), CommError>| matches!(result, Err(CommError::Aborted { .. }));
+        assert!(results.iter().all(|(_, later)| ended(later)), "{op:?}: {results:?}");
+    }
+}
+
+pub fn ranks_that_disagree_are_told_so<R: Ranks>(ranks: &R) {
+    let wrong: [(&str, Body<R>); 5] = [
+        ("counts", |ranks, comm, rank| {
+            let counts = if rank == 1 { [1, 2, 1] } else { [1, 1, 1] };
+            let matrix = ranks.matrix(comm, 4, 2, &[0.0; 8]);
+            comm.all_gather(matrix, &counts).and_then(|pending| comm.finish(pending)).map(drop)
+        }),
+        ("widths", |ranks, comm, rank| {
+            let cols = if rank == 2 { 4 } else { 2 };
+            comm.all_gather_scores(&mut ranks.scores(comm, 3, cols, &vec![0.0; 3 * cols]), &[1, 1, 1])
+        }),
+        ("what is sent and what is awaited", |ranks, comm, rank| {
+            let receive = if rank == 0 { 2 } else { 1 };
+            let matrix = ranks.matrix(comm, 2, 2, &[0.0; 4]);
+            comm.rotate(matrix, 1, receive).and_then(|pending| comm.finish(pending)).map(drop)
+        }),
+        ("roots", |_, comm, rank| comm.broadcast(usize::from(rank == 0), 5).map(drop)),
+        ("the operation", |_, comm, rank| if rank == 1 { comm.barrier() } else { comm.broadcast(0, 5).map(drop) }),
+    ];
+    for (what, body) in wrong {
+        for seed in 0..4 {
+            let results = on_all(ranks, 3, PATIENT, |rank, comm| {
+                pause(&mut StdRng::seed_from_u64(seed * 3 + rank as u64));
+                body(ranks, &comm, rank)
+            });
+            let told = |result: &Result<(), CommError>| {
+                matches!(result, Err(CommError::Mismatch { .. } | CommError::Aborted { .. }))
+            };
+            assert!(results.iter().all(told), "{what}: {results:?}");
+            let saw = |result: &Result<(), CommError>| matches!(result, Err(CommError::Mismatch { .. }));
+            assert!(results.iter().any(saw), "{what}: {results:?}");
+        }
+    }
+}
+
+pub fn sizes_wrong_by_themselves_are_refused<R: Ranks>(ranks: &R) {
+    let bodies: [Body<R>; 4] = [
+        |ranks, comm, _| comm.all_gather(ranks.matrix(comm, 2, 2, &[0.0; 4]), &[1, 2]).map(drop),
+        |ranks, comm, _| comm.all_gather(ranks.matrix(comm, 2, 2, &[0.0; 4]), &[1]).map(drop),
+        |ranks, comm, _| comm.rotate(ranks.matrix(comm, 2, 2, &[0.0; 4]), 3, 3).map(drop),
+        |_, comm, _| comm.broadcast(2, 0).map(drop),
+    ];
+    for body in bodies {
+        for result in on_all(ranks, 2, PATIENT, |rank, comm| body(ranks, &comm, rank)) {
+            assert!(matches!(result, Err(CommError::Mismatch { .. } | CommError::Aborted { .. })), "{result:?}");
+        }
+    }
+}

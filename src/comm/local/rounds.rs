@@ -1,0 +1,230 @@
+//! The meeting place of the ranks: one round a collective, numbered alike on every rank.
+//!
+//! A round whose calls disagree fails on every rank that came or comes to it, with what that rank and a peer asked for; the
+//! communicator is then aborted, since the ranks are out of step.
+//!
+//! Invariant: a round is dropped once every rank has taken it; an abort is never undone.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::comm::CommError;
+
+/// Which collective a rank called, with the sizes that have to agree.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Call {
+    AllGather { counts: Vec<usize>, cols: usize },
+    AllGatherScores { counts: Vec<usize>, cols: usize },
+    Rotate { send_rows: usize, receive_rows: usize, cols: usize },
+    Broadcast { root: usize },
+    Barrier,
+}
+
+/// What one rank brings to a round.
+#[derive(Debug, Clone)]
+pub(super) struct Deposit {
+    pub call: Call,
+    pub rows: Arc<Vec<f32>>,
+    pub value: u64,
+}
+
+/// All rounds under way.
+pub(super) struct Rounds {
+    deadline: Duration,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+struct State {
+    open: BTreeMap<u64, Round>,
+    aborted: Option<CommError>,
+    /// Ranks whose end was dropped.
+    left: Vec<bool>,
+}
+
+struct Round {
+    deposits: Vec<Option<Deposit>>,
+    taken: usize,
+}
+
+impl Call {
+    pub(super) fn op(&self) -> &'static str {
+        match self {
+            Call::AllGather { .. } => "all-gather",
+            Call::AllGatherScores { .. } => "all-gather of scores",
+            Call::Rotate { .. } => "rotate",
+            Call::Broadcast { .. } => "broadcast",
+            Call::Barrier => "barrier",
+        }
+    }
+
+    /// Whether rank `rank` calling `self` and rank `peer` of `size` calling `other` can be the same collective.
+    fn agrees(&self, rank: usize, other: &Call, peer: usize, size: usize) -> bool {
+        let follows = |after: usize, before: usize| after == (before + 1) % size;
+        match (self, other) {
+            (
+                Call::Rotate { send_rows, receive_rows, cols },
+                Call::Rotate { send_rows: peer_sends, receive_rows: peer_receives, cols: peer_cols },
+            ) => {
+                cols == peer_cols
+                    && (!follows(peer, rank) || send_rows == peer_receives)
+                    && (!follows(rank, peer) || receive_rows == peer_sends)
+            }
+            _ => self == other,
+        }
+    }
+}
+
+impl fmt::Display for Call {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Call::AllGather { counts, cols } | Call::AllGatherScores { counts, cols } => {
+                write!(f, "{} of {counts:?} rows of {cols}", self.op())
+            }
+            Call::Rotate { send_rows, receive_rows, cols } => {
+                write!(f, "rotate sending {send_rows} and receiving {receive_rows} rows of {cols}")
+            }
+            Call::Broadcast { root } => write!(f, "broadcast from {root}"),
+            Call::Barrier => write!(f, "barrier"),
+        }
+    }
+}
+
+impl Round {
+    fn new(size: usize) -> Self {
+        Self { deposits: vec![None; size], taken: 0 }
+    }
+
+    /// The first two ranks found to disagree, the lower first.
+    fn disagreement(&self) -> Option<(usize, usize)> {
+        let size = self.deposits.len();
+        let call = |rank: usize| self.deposits[rank].as_ref().map(|deposit| &deposit.call);
+        let mut pairs = (0..size).flat_map(|rank| (rank..size).map(move |peer| (rank, peer)));
+        pairs.find(|&(rank, peer)| match (call(rank), call(peer)) {
+            (Some(own), Some(other)) => !own.agrees(rank, other, peer, size),
+            _ => false,
+        })
+    }
+
+    /// The disagreement as `rank` has to report it, if there is one.
+    fn mismatch(&self, rank: usize) -> Option<CommError> {
+        let (first, second) = self.disagreement()?;
+        // What this rank came with against one that does not fit it; for a bystander, the two that do not fit.
+        let size = self.deposits.len();
+        let own = self.deposits[rank].as_ref()?;
+        let opponent = (0..size).find(|&peer| {
+            self.deposits[peer].as_ref().is_some_and(|deposit| !own.call.agrees(rank, &deposit.call, peer, size))
+        });
+        let (expecting, coming) = match opponent {
+            Some(peer) => (rank, peer),
+            None => (first, second),
+        };
+        Some(CommError::Mismatch {
+            op: own.call.op(),
+            rank,
+            expected: self.deposits[expecting].as_ref()?.call.to_string(),
+            got: self.deposits[coming].as_ref()?.call.to_string(),
+        })
+    }
+}
+
+impl Rounds {
+    pub(super) fn new(size: usize, deadline: Duration) -> Self {
+        let state = State { open: BTreeMap::new(), aborted: None, left: vec![false; size] };
+        Self { deadline, state: Mutex::new(state), changed: Condvar::new() }
+    }
+
+    /// Brings `deposit` to a round. Fails if the communicator was aborted, or if the round's calls disagree.
+    pub(super) fn deposit(&self, round: u64, rank: usize, deposit: Deposit) -> Result<(), CommError> {
+        let mut state = self.lock();
+        let size = state.left.len();
+        if state.aborted.is_some() && !state.open.contains_key(&round) {
+            return state.check_aborted();
+        }
+        let opened = state.open.entry(round).or_insert_with(|| Round::new(size));
+        opened.deposits[rank] = Some(deposit);
+        let mismatch = opened.mismatch(rank);
+        self.changed.notify_all();
+        match mismatch {
+            Some(error) => Err(state.fail(rank, error)),
+            None => state.check_aborted(),
+        }
+    }
+
+    /// Waits until every rank has come to a round and returns what they brought, by rank.
+    pub(super) fn take(&self, round: u64, rank: usize, op: &'static str) -> Result<Vec<Deposit>, CommError> {
+        let until = Instant::now() + self.deadline;
+        let mut state = self.lock();
+        loop {
+            if let Some(result) = state.poll(round, rank) {
+                self.changed.notify_all();
+                return result;
+            }
+            let Some(left) = until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) else {
+                let error = CommError::TimedOut { op, rank, seconds: self.deadline.as_secs() };
+                self.changed.notify_all();
+                return Err(state.fail(rank, error));
+            };
+            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Ends the communicator. The first reason is kept.
+    pub(super) fn abort(&self, rank: usize, reason: &str) {
+        self.lock().abort(rank, reason);
+        self.changed.notify_all();
+    }
+
+    /// Notes that a rank's end is gone: whoever waits for it is woken.
+    pub(super) fn leave(&self, rank: usize) {
+        self.lock().left[rank] = true;
+        self.changed.notify_all();
+    }
+
+    /// A rank that panicked while holding the lock left the state whole: nothing in here calls foreign code.
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn abort(&mut self, rank: usize, reason: &str) {
+        self.aborted.get_or_insert_with(|| CommError::Aborted { rank, reason: reason.to_owned() });
+    }
+
+    fn check_aborted(&self) -> Result<(), CommError> {
+        self.aborted.clone().map_or(Ok(()), Err)
+    }
+
+    /// Aborts because of `error`, which is handed back for the rank that met it.
+    fn fail(&mut self, rank: usize, error: CommError) -> CommError {
+        self.abort(rank, &error.to_string());
+        error
+    }
+
+    /// How a round stands for `rank`: nothing while it has to wait.
+    fn poll(&mut self, round: u64, rank: usize) -> Option<Result<Vec<Deposit>, CommError>> {
+        let size = self.left.len();
+        let open = self.open.get_mut(&round)?;
+        // A disagreement goes before the abort that it brings about, so that every rank reports what it saw itself.
+        if let Some(error) = open.mismatch(rank) {
+            return Some(Err(self.fail(rank, error)));
+        }
+        if let Some(error) = &self.aborted {
+            return Some(Err(error.clone()));
+        }
+        if open.deposits.iter().all(Option::is_some) {
+            let deposits = open.deposits.iter().flatten().cloned().collect();
+            open.taken += 1;
+            if open.taken == size {
+                self.open.remove(&round);
+            }
+            return Some(Ok(deposits));
+        }
+        let gone = (0..size).find(|&peer| open.deposits[peer].is_none() && self.left[peer])?;
+        self.abort(gone, "the rank went away");
+        self.aborted.clone().map(Err)
+    }
+}

@@ -1,0 +1,178 @@
+//! What a host passes on: scores for its tokens, the best of them per KV head, gathered from all hosts.
+//!
+//! Invariant: equal scores are broken by position, random ones follow from seed, layer, head and position; so the choice does
+//! not depend on which rank runs the host.
+
+use crate::backend::{Backend, BackendError};
+use crate::comm::Comm;
+use crate::engine::kv::{KeyValues, Moving};
+use crate::engine::prefill::PrefillState;
+use crate::engine::rank::{Rank, RankError};
+use crate::plan::{Host, PrefillPlan, RankLayout, Selector};
+
+/// Scores of a rank's rows, and the compressed blocks of all hosts.
+pub struct Selection<B: Backend> {
+    selector: Selector,
+    /// Rows with scores: up to the end of the last host here that passes something on.
+    scored: usize,
+    scores: B::Scores,
+    /// Compressed blocks of all hosts, in their order; elsewhere while they are on their way.
+    passing: Option<KeyValues<B::Matrix>>,
+    /// Rows of them that each rank fills.
+    counts: Vec<usize>,
+}
+
+impl<B: Backend> Selection<B> {
+    /// Buffers for a plan; `None` if it passes nothing on.
+    pub fn new<C: Comm<B::Matrix, B::Scores>>(
+        rank: &Rank<'_, B, C>,
+        plan: &PrefillPlan,
+        layout: &RankLayout,
+    ) -> Result<Option<Self>, RankError> {
+        if plan.compressed() == 0 {
+            return Ok(None);
+        }
+        if plan.selector == Selector::RetainingHead && rank.weights.retaining_heads.is_none() {
+            let reason = "the plan selects by retaining heads, and the weights have none".to_owned();
+            return Err(BackendError::Unavailable(reason).into());
+        }
+        let (backend, ranks) = (rank.backend, rank.comm.size());
+        let compress = |host: &usize| plan.hosts[*host].compressed > 0;
+        let last = layout.hosts.clone().rev().find(compress);
+        let scored = last.map_or(0, |host| layout.locals[host - layout.hosts.start].end);
+        let of_rank = |rank| plan.hosts[plan.hosts_of(rank, ranks)].iter().map(|host| host.compressed).sum();
+        Ok(Some(Self {
+            selector: plan.selector,
+            scored,
+            scores: backend.scores(rank.shape().kv_heads, scored.max(1))?,
+            passing: Some(KeyValues::new(backend, rank.shape(), plan.compressed())?),
+            counts: (0..ranks).map(of_rank).collect(),
+        }))
+    }
+
+    /// Scores that come before RoPE or need no keys at all: those of retaining heads, and random ones.
+    pub fn score_before_rope<C: Comm<B::Matrix, B::Scores>>(
+        &mut self,
+        rank: &Rank<'_, B, C>,
+        plan: &PrefillPlan,
+        layer: usize,
+        state: &PrefillState<B>,
+    ) -> Result<(), RankError> {
+        if self.scored == 0 {
+            return Ok(());
+        }
+        match (self.selector, &rank.weights.retaining_heads) {
+            (Selector::RetainingHead, Some(heads)) => {
+                let (head, qkv) = (&heads[layer], &state.activations.qkv);
+                rank.backend.retaining_scores(self.scored, qkv, &head.w1, &head.w2, &mut self.scores)?;
+            }
+            (Selector::Random { seed }, _) => {
+                let first = plan.hosts[state.layout.hosts.start].local.start;
+                let values = random_scores(seed, layer, rank.shape().kv_heads, &state.layout, first, self.scored);
+                rank.backend.set_scores(&values, &mut self.scores)?;
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Chooses and copies what the rank's hosts pass on, and starts gathering it from all ranks.
+    pub fn start<C: Comm<B::Matrix, B::Scores>>(
+        &mut self,
+        rank: &Rank<'_, B, C>,
+        plan: &PrefillPlan,
+        state: &PrefillState<B>,
+    ) -> Result<Moving<C::Pending>, RankError> {
+        let mut passing = self.passing.take().expect("in place between layers");
+        for (index, host) in state.layout.hosts.clone().enumerate() {
+            if plan.hosts[host].compressed > 0 {
+                let chosen = self.choose(rank, plan, state, index)?;
+                let destination = passing.at(plan.compressed_before(host));
+                rank.backend.gather_kv(rank.shape(), &chosen, 0, state.working.view(), destination)?;
+            }
+        }
+        Ok(passing.all_gather(&rank.comm, &self.counts)?)
+    }
+
+    /// Awaits what [`Selection::start`] started: the compressed blocks of all hosts.
+    pub fn finish<C: Comm<B::Matrix, B::Scores>>(
+        &mut self,
+        rank: &Rank<'_, B, C>,
+        gathering: Moving<C::Pending>,
+    ) -> Result<&KeyValues<B::Matrix>, RankError> {
+        Ok(self.passing.insert(KeyValues::arrived(&rank.comm, gathering)?))
+    }
+
+    /// The best rows of a host; `index` counts the hosts of this rank.
+    fn choose<C: Comm<B::Matrix, B::Scores>>(
+        &mut self,
+        rank: &Rank<'_, B, C>,
+        plan: &PrefillPlan,
+        state: &PrefillState<B>,
+        index: usize,
+    ) -> Result<B::Rows, RankError> {
+        let layout = &state.layout;
+        let (host, local) = (layout.hosts.start + index, layout.locals[index].clone());
+        if self.selector == Selector::QueryAware {
+            let (probe, qkv, k) = (layout.probes[index].clone(), &state.activations.qkv, state.working.keys());
+            rank.backend.query_aware_scores(rank.shape(), probe, qkv, self.scored, k, &mut self.scores)?;
+        }
+        let anchor = if host > 0 { layout.anchor.clone() } else { 0..0 };
+        // Random scores are not pooled: neighbours of a high one would follow it.
+        let pool = !matches!(self.selector, Selector::Random { .. });
+        let Host { excluded, compressed, .. } = plan.hosts[host];
+        Ok(rank.backend.top_k(&self.scores, anchor, local, excluded, compressed, pool)?)
+    }
+}
+
+/// Scores in `0..1` for each KV head and row; those of the anchor are never looked at.
+fn random_scores(
+    seed: u64,
+    layer: usize,
+    kv_heads: usize,
+    layout: &RankLayout,
+    first_position: usize,
+    rows: usize,
+) -> Vec<f32> {
+    let before = layout.local_rows().start;
+    let mut values = vec![0.0; kv_heads * rows];
+    for head in 0..kv_heads {
+        for row in before..rows {
+            let position = first_position + row - before;
+            values[head * rows + row] = random_score(seed, layer, head, position);
+        }
+    }
+    values
+}
+
+/// The random score of a token: 24 bits of a mix (splitmix64) of all that identifies it.
+pub fn random_score(seed: u64, layer: usize, head: usize, position: usize) -> f32 {
+    let token =
+        [layer as u64, head as u64, position as u64].into_iter().fold(seed, |state, part| mix(state ^ mix(part)));
+    (token >> 40) as f32 / (1u64 << 24) as f32
+}
+
+fn mix(state: u64) -> u64 {
+    let mut z = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::random_score;
+
+    #[test]
+    fn random_scores_are_spread_evenly_and_differ_by_all_that_identifies_a_token() {
+        let scores: Vec<f32> = (0..4000).map(|position| random_score(1, 2, 3, position)).collect();
+        let mean = scores.iter().sum::<f32>() / 4000.0;
+        assert!((mean - 0.5).abs() < 0.03 && scores.iter().all(|score| (0.0..1.0).contains(score)), "{mean}");
+        let one = random_score(1, 2, 3, 4);
+        for other in
+            [random_score(0, 2, 3, 4), random_score(1, 3, 3, 4), random_score(1, 2, 2, 4), random_score(1, 2, 3, 5)]
+        {
+            assert_ne!(one, other);
+        }
+    }
+}

@@ -1,0 +1,104 @@
+//! Keys and values: of the rows at hand, on their way between ranks, and those a rank keeps of a prefill.
+//!
+//! Invariant: the rows a rank keeps are in the order of the document; neither anchor nor passing block is ever among them. The
+//! rank of the last host, and it alone, has room for the query and for what is generated.
+
+use crate::backend::{Backend, BackendError, HeadShape, KvMut, KvRef};
+use crate::comm::{Comm, CommError};
+use crate::model::ModelSpec;
+use crate::plan::{PrefillPlan, RankLayout};
+
+/// Keys (after RoPE) and values of some rows, `[rows, kv_heads * head_dim]` each.
+pub(super) struct KeyValues<M> {
+    k: M,
+    v: M,
+}
+
+/// Keys and values in a collective that has been started.
+pub(super) struct Moving<P> {
+    k: P,
+    v: P,
+}
+
+impl<M> KeyValues<M> {
+    /// Contents undefined; at least one row, because a device may not know empty matrices.
+    pub fn new<B: Backend<Matrix = M>>(backend: &B, shape: HeadShape, rows: usize) -> Result<Self, BackendError> {
+        let (rows, cols) = (rows.max(1), shape.kv_width());
+        Ok(Self { k: backend.matrix(rows, cols)?, v: backend.matrix(rows, cols)? })
+    }
+
+    /// The keys alone.
+    pub fn keys(&self) -> &M {
+        &self.k
+    }
+
+    /// All rows, for attention.
+    pub fn view(&self) -> KvRef<'_, M> {
+        KvRef { k: &self.k, v: &self.v }
+    }
+
+    /// A place for new rows.
+    pub fn at(&mut self, first_row: usize) -> KvMut<'_, M> {
+        KvMut { k: &mut self.k, v: &mut self.v, first_row }
+    }
+
+    /// `self[row + i] = source[source_row + i]` for `rows` rows.
+    pub fn copy_from<B: Backend<Matrix = M>>(
+        &mut self,
+        backend: &B,
+        row: usize,
+        source: &Self,
+        source_row: usize,
+        rows: usize,
+    ) -> Result<(), BackendError> {
+        backend.copy_rows(&source.k, source_row, rows, &mut self.k, row)?;
+        backend.copy_rows(&source.v, source_row, rows, &mut self.v, row)
+    }
+
+    /// Starts [`Comm::all_gather`] of both.
+    pub fn all_gather<S, C: Comm<M, S>>(self, comm: &C, counts: &[usize]) -> Result<Moving<C::Pending>, CommError> {
+        Ok(Moving { k: comm.all_gather(self.k, counts)?, v: comm.all_gather(self.v, counts)? })
+    }
+
+    /// Starts [`Comm::rotate`] of both.
+    pub fn rotate<S, C: Comm<M, S>>(
+        self,
+        comm: &C,
+        send_rows: usize,
+        receive_rows: usize,
+    ) -> Result<Moving<C::Pending>, CommError> {
+        let k = comm.rotate(self.k, send_rows, receive_rows)?;
+        Ok(Moving { k, v: comm.rotate(self.v, send_rows, receive_rows)? })
+    }
+
+    /// Awaits what was started.
+    pub fn arrived<S, C: Comm<M, S>>(comm: &C, moving: Moving<C::Pending>) -> Result<Self, CommError> {
+        Ok(Self { k: comm.finish(moving.k)?, v: comm.finish(moving.v)? })
+    }
+}
+
+/// Keys and values that one rank keeps.
+pub(super) struct KvCache<B: Backend> {
+    /// One a layer.
+    pub layers: Vec<KeyValues<B::Matrix>>,
+    /// Rows of the local blocks; the tail follows them.
+    pub local: usize,
+    /// Rows for query and generated tokens: 0 but on the rank of the last host.
+    pub tail: usize,
+}
+
+impl<B: Backend> KvCache<B> {
+    /// Room for the rank's local blocks, and for the tail if it has the last host.
+    pub fn new(
+        backend: &B,
+        spec: &ModelSpec,
+        plan: &PrefillPlan,
+        layout: &RankLayout,
+        new_tokens: usize,
+    ) -> Result<Self, BackendError> {
+        let has_last = layout.hosts.contains(&(plan.hosts.len() - 1));
+        let (local, tail) = (layout.local_rows().len(), if has_last { plan.cache_tail(new_tokens) } else { 0 });
+        let layer = |_| KeyValues::new(backend, spec.shape, local + tail);
+        Ok(Self { layers: (0..spec.layers).map(layer).collect::<Result<_, _>>()?, local, tail })
+    }
+}

@@ -1,0 +1,104 @@
+//! One rank: what it computes with, the buffers of its rows, and the two halves of a layer around attention.
+//!
+//! Invariant: a row's result depends on that row alone here; rows meet only in attention.
+
+use crate::backend::{Backend, BackendError, HeadShape};
+use crate::comm::{Comm, CommError};
+use crate::model::ModelSpec;
+use crate::model::weights::{LayerWeights, Weights};
+
+use super::EngineError;
+
+/// What a rank computes with. `comm` is its end of the communicator between all ranks of the prefill.
+pub struct Rank<'a, B: Backend, C> {
+    /// The rank's device.
+    pub backend: &'a B,
+    /// Its end of the communicator.
+    pub comm: C,
+    /// The whole model, on that device.
+    pub weights: &'a Weights<B>,
+    /// Its shapes.
+    pub spec: &'a ModelSpec,
+}
+
+impl<B: Backend, C: Comm<B::Matrix, B::Scores>> Rank<'_, B, C> {
+    /// Heads of an attention layer.
+    pub(super) fn shape(&self) -> HeadShape {
+        self.spec.shape
+    }
+
+    /// Whether this rank chooses the tokens and talks to the caller.
+    pub(super) fn is_root(&self) -> bool {
+        self.comm.rank() == ROOT
+    }
+}
+
+/// The rank that chooses the tokens and talks to the caller.
+pub(super) const ROOT: usize = 0;
+
+/// Why a rank stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum RankError {
+    /// An operation failed.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    /// A collective failed, perhaps because another rank gave up.
+    #[error(transparent)]
+    Comm(#[from] CommError),
+    /// The caller cancelled; all ranks stop at the same place.
+    #[error("cancelled")]
+    Cancelled,
+    /// The root could not choose a token; the other ranks have been told to stop.
+    #[error(transparent)]
+    Driver(#[from] EngineError),
+}
+
+/// The activations of a run of rows, reused by every layer.
+pub(super) struct Activations<B: Backend> {
+    /// The residual stream, `[rows, hidden]`.
+    pub x: B::Matrix,
+    /// Its norm, `[rows, hidden]`.
+    h: B::Matrix,
+    /// Packed queries, keys and values.
+    pub qkv: B::Matrix,
+    /// What attention gave, `[rows, heads * head_dim]`.
+    pub attended: B::Matrix,
+}
+
+impl<B: Backend> Activations<B> {
+    /// Room for `rows` rows.
+    pub fn new(backend: &B, spec: &ModelSpec, rows: usize) -> Result<Self, BackendError> {
+        let rows = rows.max(1);
+        Ok(Self {
+            x: backend.matrix(rows, spec.hidden)?,
+            h: backend.matrix(rows, spec.hidden)?,
+            qkv: backend.matrix(rows, spec.shape.qkv_width())?,
+            attended: backend.matrix(rows, spec.shape.q_width())?,
+        })
+    }
+
+    /// Before attention: `qkv = W_qkv norm(x) + b` for the first `rows` rows, RoPE not yet applied.
+    pub fn project(
+        &mut self,
+        backend: &B,
+        spec: &ModelSpec,
+        layer: &LayerWeights<B>,
+        rows: usize,
+    ) -> Result<(), BackendError> {
+        backend.rms_norm(rows, &self.x, &layer.attention_norm, spec.epsilon, &mut self.h)?;
+        backend.linear(rows, &self.h, &layer.qkv, layer.qkv_bias.as_ref(), false, &mut self.qkv)
+    }
+
+    /// After attention: `x += W_o attended + b`, then `x += mlp(norm(x))`, for the first `rows` rows.
+    pub fn close(
+        &mut self,
+        backend: &B,
+        spec: &ModelSpec,
+        layer: &LayerWeights<B>,
+        rows: usize,
+    ) -> Result<(), BackendError> {
+        backend.linear(rows, &self.attended, &layer.o, layer.o_bias.as_ref(), true, &mut self.x)?;
+        backend.rms_norm(rows, &self.x, &layer.mlp_norm, spec.epsilon, &mut self.h)?;
+        backend.mlp(rows, &self.h, &layer.gate_up, &layer.down, &mut self.x)
+    }
+}

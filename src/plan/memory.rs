@@ -1,0 +1,110 @@
+//! How much memory a plan needs on each rank, beyond the weights.
+//!
+//! Invariant: an upper bound of what the layer loop allocates; a test counts its allocations and compares.
+
+use super::{AttentionMode, PrefillPlan};
+
+/// Query tokens that go through the layers at a time, so that a long query needs no more memory than a short one.
+pub const QUERY_CHUNK: usize = 256;
+
+/// What of a model decides about memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Footprint {
+    /// Layers.
+    pub layers: usize,
+    /// Width of the hidden state.
+    pub hidden: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads.
+    pub kv_heads: usize,
+    /// Elements of one head.
+    pub head_dim: usize,
+    /// Bytes of an activation.
+    pub element_bytes: usize,
+    /// What a rank's backend may use for itself (chunks of the MLP, partial sums), in bytes.
+    pub scratch_bytes: u64,
+}
+
+impl Footprint {
+    fn q_width(&self) -> usize {
+        self.heads * self.head_dim
+    }
+    fn kv_width(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+    fn qkv_width(&self) -> usize {
+        self.q_width() + 2 * self.kv_width()
+    }
+    /// Bytes of matrices of `elements` activations in all.
+    fn activations(&self, elements: usize) -> u64 {
+        elements as u64 * self.element_bytes as u64
+    }
+    /// Hidden state, its norm, packed q/k/v and the attention's output.
+    fn row_elements(&self) -> usize {
+        2 * self.hidden + self.qkv_width() + self.q_width()
+    }
+}
+
+/// Bytes of f32 scores.
+fn scores(count: usize) -> u64 {
+    4 * count as u64
+}
+
+impl PrefillPlan {
+    /// Bytes that one of `ranks` ranks needs at most for this plan and `new_tokens` generated tokens.
+    pub fn memory_of_rank(&self, rank: usize, ranks: usize, new_tokens: usize, model: &Footprint) -> u64 {
+        let prefill = self.prefill_memory(rank, ranks, model);
+        let decode = self.decode_memory(model);
+        self.cache_memory(rank, ranks, new_tokens, model) + prefill.max(decode) + model.scratch_bytes
+    }
+
+    /// Bytes that all ranks need together, where they share one memory.
+    pub fn memory(&self, ranks: usize, new_tokens: usize, model: &Footprint) -> u64 {
+        (0..ranks).map(|rank| self.memory_of_rank(rank, ranks, new_tokens, model)).sum()
+    }
+
+    /// Rows the last host's cache has to hold beyond its local block: the query, and what is generated.
+    pub fn cache_tail(&self, new_tokens: usize) -> usize {
+        self.query + new_tokens
+    }
+
+    fn cache_memory(&self, rank: usize, ranks: usize, new_tokens: usize, model: &Footprint) -> u64 {
+        let hosts = self.hosts_of(rank, ranks);
+        let tail = if hosts.contains(&(self.hosts.len() - 1)) { self.cache_tail(new_tokens) } else { 0 };
+        let local: usize = self.hosts[hosts].iter().map(|host| host.local.len()).sum();
+        model.activations(2 * model.layers * model.kv_width() * (local + tail).max(1))
+    }
+
+    fn prefill_memory(&self, rank: usize, ranks: usize, model: &Footprint) -> u64 {
+        let rows = self.layout(rank, ranks).rows.max(1);
+        let kv = 2 * model.kv_width();
+        let working = rows * (model.row_elements() + kv);
+        let passing = kv * self.compressed();
+        let selection = if self.compressed() > 0 { scores(rows * model.kv_heads) } else { 0 };
+        // What comes from other ranks is attended to apart, and merged by its log-sum-exps.
+        let is_ring = self.mode == AttentionMode::Ring && self.active_ranks(ranks) > 1;
+        let rotating = if is_ring { 2 * kv * self.longest_rank(ranks) } else { 0 };
+        let is_apart = is_ring || (ranks > 1 && self.compressed() > 0);
+        let partial = if is_apart { rows * model.q_width() } else { 0 };
+        let log_sums = if is_apart { 2 * scores(rows * model.heads) } else { 0 };
+        model.activations(working + passing + rotating + partial) + log_sums + selection
+    }
+
+    /// Partial results of every host for a chunk of the query, and what a row needs besides.
+    fn decode_memory(&self, model: &Footprint) -> u64 {
+        let rows = self.query.min(QUERY_CHUNK);
+        let stacked = rows * self.hosts.len();
+        let working = rows * (model.row_elements() + 2 * model.kv_width());
+        model.activations(working + stacked * (model.qkv_width() + model.q_width()))
+            + scores((stacked + rows) * model.heads)
+    }
+
+    /// Context tokens of the rank that has most.
+    fn longest_rank(&self, ranks: usize) -> usize {
+        (0..self.active_ranks(ranks))
+            .map(|rank| self.hosts[self.hosts_of(rank, ranks)].iter().map(|host| host.local.len()).sum())
+            .max()
+            .unwrap_or(0)
+    }
+}

@@ -1,0 +1,49 @@
+//! What a request leaves open: mode, hosts, anchor and passing length by the length of the context.
+//!
+//! Invariant: every default is a function of the context's length alone and agrees with the paper's table, which is for
+//! 8 hosts: 32K 1K/0.5K, 64K 2K/1K, 128K 4K/2K, 256K 8K/4K, 512K 8K/8K (anchor/passing).
+
+use super::AttentionMode;
+
+/// Hosts of a plan whose request names none.
+pub(super) const HOSTS: usize = 8;
+
+/// Below this many tokens exact attention costs little, and is what `auto` picks.
+const FULL_BELOW: usize = 8 * 1024;
+/// The longest anchor of the table, and the longest compressed block.
+const LONGEST: usize = 8 * 1024;
+
+/// What `auto` picks for a context of `n` tokens.
+pub(super) fn mode(n: usize) -> AttentionMode {
+    if n < FULL_BELOW { AttentionMode::Full } else { AttentionMode::Apb }
+}
+
+/// Anchor length of the paper's table, between its rows in proportion to `n`.
+pub(super) fn anchor(n: usize) -> usize {
+    n.div_ceil(32).min(LONGEST)
+}
+
+/// Passing length of the paper's table, between its rows in proportion to `n`.
+pub(super) fn passing(n: usize) -> usize {
+    n.div_ceil(64).min(LONGEST)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn defaults_are_the_papers_table() {
+        const K: usize = 1024;
+        let table = [(32, K, K / 2), (64, 2 * K, K), (128, 4 * K, 2 * K), (256, 8 * K, 4 * K), (512, 8 * K, 8 * K)];
+        for (n, anchor_length, passing_length) in table {
+            assert_eq!((anchor(n * K), passing(n * K)), (anchor_length, passing_length), "{n}K");
+        }
+    }
+
+    #[test]
+    fn auto_is_full_for_short_contexts_only() {
+        assert_eq!(mode(8 * 1024 - 1), AttentionMode::Full);
+        assert_eq!(mode(8 * 1024), AttentionMode::Apb);
+    }
+}
