@@ -1,7 +1,7 @@
 // The k best candidates of each KV head after a max-pool of 5, ascending; of equals the lowest column wins.
 //
 // scores [kv_heads, stride] f32. The pooled sequence is the columns `before` then `candidates`; candidates below `excluded` take part in
-// the pooling only. keys [kv_heads, candidates] u32 is scratch; chosen [kv_heads, k] i32 gets score columns. NaN ranks below everything.
+// the pooling only. keys [kv_heads, candidates] u32 is scratch; chosen [kv_heads, k] i32 gets score columns. NaN counts as -inf.
 // One block of 1024 threads a head: radix select finds the k-th key digit by digit, then one ordered scan writes what is above it and the
 // first few of its equals.
 #include <device.cuh>
@@ -10,9 +10,9 @@
 static constexpr int THREADS = 1024;
 static constexpr int REACH = 2;  // the pool's window is 2 * REACH + 1
 
-// Order-preserving map of floats to integers; both zeros are equal, NaN is least.
+// Order-preserving map of floats to integers; both zeros are equal, NaN is -inf.
 DEVICE uint32_t ordered(float value) {
-    if (value != value) return 0;
+    if (value != value) value = -INFINITY;
     const uint32_t bits = float_to_bits(value + 0.f);
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }

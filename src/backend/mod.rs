@@ -8,6 +8,8 @@
 //! Invariant: nothing here knows of models, plans, hosts, queues or documents; only shapes. `unsafe` lives here alone.
 
 pub mod cpu;
+#[cfg(feature = "cuda")]
+pub mod cuda;
 pub mod mapped;
 
 use std::ops::Range;

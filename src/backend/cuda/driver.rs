@@ -171,6 +171,14 @@ unsafe impl Send for Function {}
 // SAFETY: as above.
 unsafe impl Sync for Function {}
 
+/// The parameters of a launch: a pointer to each value.
+macro_rules! parameters {
+    ($($value:expr),* $(,)?) => {
+        &mut [$(std::ptr::from_ref(&$value).cast_mut().cast::<std::ffi::c_void>()),*]
+    };
+}
+pub(super) use parameters;
+
 /// Blocks of a launch in x, y, z.
 pub(super) type Grid = (usize, usize, usize);
 
@@ -191,6 +199,11 @@ impl Stream {
         context.bind("stream")?;
         let raw = result::stream::create(result::stream::StreamKind::NonBlocking).map_err(failed("stream"))?;
         Ok(Self { raw, context: context.clone() })
+    }
+
+    /// Makes the stream's context current on this thread.
+    pub fn bind(&self, op: &'static str) -> Result<(), BackendError> {
+        self.context.bind(op)
     }
 
     /// The handle as cuBLASLt takes it.

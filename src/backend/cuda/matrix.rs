@@ -2,9 +2,11 @@
 //!
 //! Invariant: a value knows its shape, and its piece of memory is at least as large.
 
+use std::ops::Range;
+use std::sync::Arc;
+
 use super::arena::{Arena, Piece};
 use crate::backend::BackendError;
-use std::sync::Arc;
 
 /// Activations, keys or values, bf16.
 pub struct CudaMatrix {
@@ -25,6 +27,8 @@ pub struct CudaRows {
     pub(super) piece: Piece,
     pub(super) heads: usize,
     pub(super) k: usize,
+    /// Score columns that can be among them.
+    pub(super) bounds: Range<usize>,
 }
 
 /// A weight matrix, bf16: `[rows, cols]`, rows being output features.
@@ -58,15 +62,10 @@ impl CudaScores {
 }
 
 impl CudaWeight {
+    /// Rows and columns exactly.
     pub(super) fn need(&self, op: &'static str, what: &str, rows: usize, cols: usize) -> Result<(), BackendError> {
-        if (self.rows, self.cols) == (rows, cols) {
-            return Ok(());
-        }
-        need(op, what, (rows, cols), (self.rows, self.cols)).and(Err(BackendError::Shape {
-            op,
-            expected: format!("{what} [{rows}, {cols}]"),
-            got: format!("[{}, {}]", self.rows, self.cols),
-        }))
+        let expected = format!("{what} [{rows}, {cols}]");
+        require(op, (self.rows, self.cols) == (rows, cols), &expected, format_args!("[{}, {}]", self.rows, self.cols))
     }
 }
 

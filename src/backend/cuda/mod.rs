@@ -1,0 +1,281 @@
+//! The CUDA backend: bf16 activations, our own kernels and cuBLASLt on one stream of one device.
+//!
+//! All device memory is taken at the start ([`CudaOptions::memory_bytes`]) and handed out from there; libraries are opened at run time.
+//! Invariant: everything is issued on one stream, in order; a piece of memory given back is safe to hand out again at once.
+
+mod arena;
+mod attention;
+mod attention_plan;
+mod blas;
+mod driver;
+mod layers;
+mod matrix;
+mod measure;
+mod modules;
+mod partials;
+mod selection;
+mod weights;
+
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+
+pub use attention::AttentionPath;
+pub use matrix::{CudaMatrix, CudaRows, CudaScores, CudaWeight};
+
+use super::{AttentionTask, Backend, BackendError, HeadShape, KvMut, KvRef, WeightView};
+use arena::Arena;
+use attention::{Attention, Call};
+use blas::Blas;
+use driver::{Context, Stream};
+use modules::{Functions, Modules};
+
+/// Device memory left to the driver and to cuBLASLt's own needs.
+const RESERVED_BYTES: usize = 768 << 20;
+
+/// How to use a device.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct CudaOptions {
+    /// Device memory to take; absent: what is free, less a reserve.
+    pub memory_bytes: Option<usize>,
+    /// Kernels to use for tasks of many queries.
+    pub attention: AttentionPath,
+}
+
+/// One GPU.
+pub struct Cuda {
+    // In the order of their release: what has been handed out before what it came from.
+    attention: Attention,
+    blas: Blas,
+    staging: Mutex<Option<weights::Staging>>,
+    functions: Functions,
+    arena: Arc<Arena>,
+    stream: Stream,
+    context: Arc<Context>,
+    ordinal: usize,
+}
+
+impl Cuda {
+    /// Opens the `ordinal`-th device. `Unavailable` says what is missing: driver, device, library, or a kernel for it.
+    pub fn open(ordinal: usize, options: &CudaOptions) -> Result<Self, BackendError> {
+        let context = Context::open(ordinal)?;
+        let modules = Modules::load(&context)?;
+        let functions = Functions::new(&modules)?;
+        let attention = Attention::new(&modules, context.multiprocessors, options.attention)?;
+        let stream = Stream::new(&context)?;
+        let (free, _) = context.memory()?;
+        let arena = Arena::new(&context, options.memory_bytes.unwrap_or(free.saturating_sub(RESERVED_BYTES)))?;
+        let blas = Blas::new(&arena)?;
+        Ok(Self { attention, blas, staging: Mutex::new(None), functions, arena, stream, context, ordinal })
+    }
+
+    /// The device's own name.
+    pub fn device_name(&self) -> &str {
+        &self.context.name
+    }
+
+    /// Bytes that matrices can still be made of.
+    pub fn free_bytes(&self) -> usize {
+        self.arena.free_bytes()
+    }
+}
+
+impl Drop for Cuda {
+    fn drop(&mut self) {
+        // What is under way uses memory that is about to be freed. There is nobody left to act on a failure.
+        let _ = self.stream.synchronize("close");
+    }
+}
+
+impl Backend for Cuda {
+    type Matrix = CudaMatrix;
+    type Scores = CudaScores;
+    type Rows = CudaRows;
+    type Weight = CudaWeight;
+
+    fn name(&self) -> String {
+        format!("cuda:{}", self.ordinal)
+    }
+
+    fn weight(&self, view: WeightView<'_>) -> Result<CudaWeight, BackendError> {
+        self.load_weight(&[view])
+    }
+
+    fn weight_stacked(&self, views: &[WeightView<'_>]) -> Result<CudaWeight, BackendError> {
+        self.load_weight(views)
+    }
+
+    fn matrix(&self, rows: usize, cols: usize) -> Result<CudaMatrix, BackendError> {
+        CudaMatrix::new(&self.arena, "matrix", rows, cols)
+    }
+
+    fn scores(&self, rows: usize, cols: usize) -> Result<CudaScores, BackendError> {
+        CudaScores::new(&self.arena, "scores", rows, cols)
+    }
+
+    fn embed(&self, table: &CudaWeight, ids: &[u32], x: &mut CudaMatrix) -> Result<(), BackendError> {
+        self.run_embed(table, ids, x)
+    }
+
+    fn rms_norm(
+        &self,
+        rows: usize,
+        x: &CudaMatrix,
+        w: &CudaWeight,
+        epsilon: f32,
+        out: &mut CudaMatrix,
+    ) -> Result<(), BackendError> {
+        x.need("rms_norm", "x", rows, w.cols)?;
+        out.need("rms_norm", "out", rows, w.cols)?;
+        self.run_rms_norm(rows, x.row(0), w, epsilon, out.row(0))
+    }
+
+    fn linear(
+        &self,
+        rows: usize,
+        x: &CudaMatrix,
+        w: &CudaWeight,
+        bias: Option<&CudaWeight>,
+        accumulate: bool,
+        out: &mut CudaMatrix,
+    ) -> Result<(), BackendError> {
+        self.run_linear(rows, x, w, bias, accumulate, out)
+    }
+
+    fn mlp(
+        &self,
+        rows: usize,
+        h: &CudaMatrix,
+        gate_up: &CudaWeight,
+        down: &CudaWeight,
+        x: &mut CudaMatrix,
+    ) -> Result<(), BackendError> {
+        self.run_mlp(rows, h, gate_up, down, x)
+    }
+
+    fn rope_store(
+        &self,
+        shape: HeadShape,
+        rows: Range<usize>,
+        positions: &[u32],
+        inv_freq: &[f32],
+        scale: f32,
+        qkv: &mut CudaMatrix,
+        kv: KvMut<'_, CudaMatrix>,
+    ) -> Result<(), BackendError> {
+        self.run_rope_store(shape, rows, positions, (inv_freq, scale), qkv, kv)
+    }
+
+    fn retaining_scores(
+        &self,
+        rows: usize,
+        qkv: &CudaMatrix,
+        w1: &CudaWeight,
+        w2: &CudaWeight,
+        out: &mut CudaScores,
+    ) -> Result<(), BackendError> {
+        self.run_retaining_scores(rows, qkv, w1, w2, out)
+    }
+
+    fn query_aware_scores(
+        &self,
+        shape: HeadShape,
+        queries: Range<usize>,
+        q_qkv: &CudaMatrix,
+        rows: usize,
+        k: &CudaMatrix,
+        out: &mut CudaScores,
+    ) -> Result<(), BackendError> {
+        self.run_query_aware_scores(shape, queries, q_qkv, rows, k, out)
+    }
+
+    fn set_scores(&self, values: &[f32], out: &mut CudaScores) -> Result<(), BackendError> {
+        self.run_set_scores(values, out)
+    }
+
+    fn top_k(
+        &self,
+        scores: &CudaScores,
+        before: Range<usize>,
+        candidates: Range<usize>,
+        excluded: usize,
+        k: usize,
+        pool: bool,
+    ) -> Result<CudaRows, BackendError> {
+        self.run_top_k(scores, before, candidates, excluded, k, pool)
+    }
+
+    fn gather_kv(
+        &self,
+        shape: HeadShape,
+        chosen: &CudaRows,
+        source_offset: usize,
+        src: KvRef<'_, CudaMatrix>,
+        dst: KvMut<'_, CudaMatrix>,
+    ) -> Result<(), BackendError> {
+        self.run_gather_kv(shape, chosen, source_offset, src, dst)
+    }
+
+    fn attention(
+        &self,
+        shape: HeadShape,
+        q: &CudaMatrix,
+        sources: &[KvRef<'_, CudaMatrix>],
+        tasks: &[AttentionTask],
+        out: &mut CudaMatrix,
+        lse: Option<&mut CudaScores>,
+    ) -> Result<(), BackendError> {
+        let call = Call { shape, q, sources, out, lse: lse.as_deref() };
+        self.attention.run(&self.stream, &self.arena, &call, tasks)
+    }
+
+    fn merge(
+        &self,
+        shape: HeadShape,
+        rows: Range<usize>,
+        out: &mut CudaMatrix,
+        lse: &mut CudaScores,
+        part: &CudaMatrix,
+        part_lse: &CudaScores,
+        part_first_row: usize,
+    ) -> Result<(), BackendError> {
+        self.run_merge(shape, rows, out, lse, (part, part_lse, part_first_row))
+    }
+
+    fn merge_stacked(
+        &self,
+        shape: HeadShape,
+        rows: usize,
+        count: usize,
+        parts: &CudaMatrix,
+        part_lse: &CudaScores,
+        out: &mut CudaMatrix,
+    ) -> Result<(), BackendError> {
+        self.run_merge_stacked(shape, rows, count, parts, part_lse, out)
+    }
+
+    fn copy_rows(
+        &self,
+        src: &CudaMatrix,
+        src_row: usize,
+        rows: usize,
+        dst: &mut CudaMatrix,
+        dst_row: usize,
+    ) -> Result<(), BackendError> {
+        self.run_copy_rows(src, src_row, rows, dst, dst_row)
+    }
+
+    fn logits(
+        &self,
+        x: &CudaMatrix,
+        row: usize,
+        norm: &CudaWeight,
+        epsilon: f32,
+        head: &CudaWeight,
+    ) -> Result<Vec<f32>, BackendError> {
+        self.run_logits(x, row, norm, epsilon, head)
+    }
+
+    fn synchronize(&self) -> Result<(), BackendError> {
+        self.stream.synchronize("synchronize")
+    }
+}

@@ -1,0 +1,106 @@
+//! The kernels, loaded: the cubins that the build embedded, and every function by name.
+//!
+//! Invariant: a function is launched by one typed wrapper only, beside the operation it serves.
+
+use std::sync::Arc;
+
+use super::driver::{Context, Function, Module};
+use crate::backend::BackendError;
+
+/// `(module, architecture, image)`, preferred architectures first.
+const CUBINS: &[(&str, &str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/cubins.rs"));
+
+/// The modules of one device.
+pub(super) struct Modules {
+    loaded: Vec<(&'static str, Module)>,
+}
+
+impl Modules {
+    /// Loads what this device can run.
+    pub fn load(context: &Arc<Context>) -> Result<Self, BackendError> {
+        let Some(architecture) = architecture_for(context.capability) else {
+            return Err(BackendError::Unavailable(format!(
+                "{} has compute capability {}.{}; the kernels are for 8.x and 9.0",
+                context.name,
+                context.capability / 10,
+                context.capability % 10
+            )));
+        };
+        let wanted = CUBINS.iter().filter(|(_, of, _)| *of == architecture);
+        let loaded = wanted.map(|(name, _, image)| Ok((*name, context.load(image)?))).collect::<Result<_, BackendError>>()?;
+        Ok(Self { loaded })
+    }
+
+    /// Whether the device runs this module at all.
+    pub fn has(&self, module: &str) -> bool {
+        self.loaded.iter().any(|(name, _)| *name == module)
+    }
+
+    /// A function, ready to use `shared_bytes` of dynamic shared memory.
+    pub fn function(&self, module: &str, name: &'static str, shared_bytes: usize) -> Result<Function, BackendError> {
+        let found = self.loaded.iter().find(|(loaded, _)| *loaded == module);
+        let (_, module) = found.ok_or_else(|| BackendError::Device { op: name, reason: format!("no module {module}") })?;
+        module.function(name, shared_bytes)
+    }
+}
+
+/// Cubins run within their major capability; those for 90a on 9.0 alone.
+fn architecture_for(capability: u32) -> Option<&'static str> {
+    match capability {
+        80..90 => Some("80"),
+        90 => Some("90a"),
+        _ => None,
+    }
+}
+
+macro_rules! functions {
+    ($($name:ident in $module:literal;)*) => {
+        /// Every kernel but those of attention.
+        pub(super) struct Functions {
+            $(pub $name: Function,)*
+        }
+        impl Functions {
+            /// Looks all of them up.
+            pub fn new(modules: &Modules) -> Result<Self, BackendError> {
+                Ok(Self { $($name: modules.function($module, stringify!($name), 0)?,)* })
+            }
+        }
+    };
+}
+
+functions! {
+    convert_weights in "weights";
+    random_bf16 in "random";
+    embed in "embed";
+    rms_norm in "rms_norm";
+    rope_store in "rope_store";
+    swiglu in "swiglu";
+    gemv in "gemv";
+    gemv_f32 in "gemv";
+    gemv_swiglu in "gemv";
+    retaining_scores in "retaining";
+    query_mean in "query_aware";
+    query_scores in "query_aware";
+    top_k in "top_k";
+    gather_kv in "gather_kv";
+    merge in "merge";
+    merge_stacked in "merge_stacked";
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_gets_cubins_it_can_run() {
+        assert_eq!([75, 80, 86, 89, 90, 100].map(architecture_for), [None, Some("80"), Some("80"), Some("80"), Some("90a"), None]);
+    }
+
+    #[test]
+    fn every_module_is_there_for_both_architectures_but_hoppers_own() {
+        let modules = |of| CUBINS.iter().filter(|c| c.1 == of).map(|c| c.0).collect::<Vec<_>>();
+        let (ampere, hopper) = (modules("80"), modules("90a"));
+        assert!(hopper.contains(&"attention/hopper"));
+        assert_eq!(ampere, hopper.into_iter().filter(|name| *name != "attention/hopper").collect::<Vec<_>>());
+    }
+}
