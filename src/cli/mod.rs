@@ -6,6 +6,7 @@
 //! Invariant: only here is something parsed from arguments or printed; the exit codes are those of [`Status`] and [`CliError`].
 
 pub mod forward;
+pub mod heads;
 pub mod run;
 
 use std::io::{self, Write};
@@ -34,6 +35,8 @@ pub enum Command {
     Run(run::Args),
     /// Run token ids through a model and print logits, for comparison with other implementations.
     Forward(forward::Args),
+    /// Convert published retaining heads.
+    Heads(heads::Args),
 }
 
 impl Command {
@@ -42,6 +45,7 @@ impl Command {
         match self {
             Self::Run(args) => args.execute(),
             Self::Forward(args) => args.execute(),
+            Self::Heads(args) => args.execute(),
         }
     }
 }

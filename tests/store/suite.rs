@@ -317,7 +317,7 @@ pub async fn completion_events_stay_until_they_are_confirmed(fresh: Fresh) {
     let store = &*fresh.store;
     let reply = Reply { target: "replies".to_owned(), correlation_id: Some("mine".to_owned()) };
     let asked = NewJob { reply: Some(reply.clone()), ..new_job(message("file:///a")) };
-    store.enqueue(&[asked.clone()]).await.expect("enqueued");
+    store.enqueue(std::slice::from_ref(&asked)).await.expect("enqueued");
     add(store, message("file:///no-reply")).await;
     for claim in claim(store, 2).await {
         assert!(store.finish(&claim.lease(), &succeeded()).await.expect("finished"));
