@@ -1,7 +1,7 @@
 //! How much of the processor the CPU backend gets: attention and linear layers in GFLOP/s, as a share of what the `gemm` crate gets
 //! from a plain product of as many operations in the same run, and the time of a small model's prefill.
 //!
-//! `cargo bench --bench cpu_attention [-- THREADS]`
+//! `cargo bench --bench cpu_attention [-- THREADS] [attention | decode | linear | prefill]`
 
 #![allow(unsafe_code)]
 
@@ -16,20 +16,34 @@ const MLP: usize = 768;
 const LAYERS: usize = 8;
 
 fn main() {
-    let threads = std::env::args().filter_map(|arg| arg.parse().ok()).next();
-    let threads = threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
+    let (mut threads, mut only) = (std::thread::available_parallelism().map_or(1, usize::from), None);
+    for arg in std::env::args().skip(1).filter(|arg| !arg.starts_with("--")) {
+        match arg.parse() {
+            Ok(number) => threads = number,
+            Err(_) => only = Some(arg),
+        }
+    }
     let cpu = Cpu::new(threads).expect("threads");
     println!("{threads} threads");
-    for tokens in [1024, 8192, 32768] {
-        attention(&cpu, threads, tokens);
+    let wanted = |what: &str| only.as_deref().is_none_or(|only| only == what);
+    if wanted("attention") {
+        [1024, 8192, 32768].into_iter().for_each(|tokens| attention(&cpu, threads, tokens));
     }
-    decode(&cpu, 32768);
-    for (rows, inputs, outputs) in [(8192, HIDDEN, 512), (8192, HIDDEN, 2 * MLP), (16, 4096, 4096), (64, 4096, 4096)] {
-        linear(&cpu, threads, (rows, inputs, outputs));
+    if wanted("decode") {
+        attention_of_one(&cpu, 32768);
+        linear_of_one(&cpu, (4096, 14336));
     }
-    few_rows(&cpu, (1, 4096, 14336));
-    mlp(&cpu, threads, 8192);
-    prefill_layers(&cpu, 32768);
+    if wanted("linear") {
+        for sizes in
+            [(8192, HIDDEN, 512), (8192, HIDDEN, 2 * MLP), (16, 4096, 4096), (64, 4096, 4096), (64, HIDDEN, 512)]
+        {
+            linear(&cpu, threads, sizes);
+        }
+        mlp(&cpu, threads, 8192);
+    }
+    if wanted("prefill") {
+        prefill_layers(&cpu, 32768);
+    }
 }
 
 /// Seconds of the fastest of a few runs.
@@ -120,7 +134,7 @@ fn attention(cpu: &Cpu, threads: usize, tokens: usize) {
     report(&format!("causal attention, {tokens} tokens"), threads, operations, seconds);
 }
 
-fn decode(cpu: &Cpu, tokens: usize) {
+fn attention_of_one(cpu: &Cpu, tokens: usize) {
     let qkv = numbers(1, SHAPE.qkv_width());
     let (k, v) = (numbers(tokens, SHAPE.kv_width()), numbers(tokens, SHAPE.kv_width()));
     let segments = vec![Segment { source: 0, rows: 0..tokens, mask: Mask::Causal }];
@@ -147,11 +161,11 @@ fn linear(cpu: &Cpu, threads: usize, (rows, inputs, outputs): (usize, usize, usi
     );
 }
 
-fn few_rows(cpu: &Cpu, (rows, inputs, outputs): (usize, usize, usize)) {
-    let (x, w) = (numbers(rows, inputs), weight(cpu, outputs, inputs));
-    let mut out = Matrix::zeros(rows, outputs);
-    let seconds = fastest(|| cpu.linear(rows, &x, &w, None, false, &mut out).expect("shapes"));
-    report_memory(&format!("linear, {rows} x {inputs} -> {outputs}"), inputs * outputs, seconds);
+fn linear_of_one(cpu: &Cpu, (inputs, outputs): (usize, usize)) {
+    let (x, w) = (numbers(1, inputs), weight(cpu, outputs, inputs));
+    let mut out = Matrix::zeros(1, outputs);
+    let seconds = fastest(|| cpu.linear(1, &x, &w, None, false, &mut out).expect("shapes"));
+    report_memory(&format!("linear, 1 x {inputs} -> {outputs}"), inputs * outputs, seconds);
 }
 
 fn mlp(cpu: &Cpu, threads: usize, rows: usize) {

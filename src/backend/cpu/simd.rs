@@ -67,6 +67,8 @@ pub(super) fn silu<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
 }
 
 /// The sums of products of each of `xs` with each of `ys`, all of one length: `[x][y]`.
+///
+/// Loops, not `array::map`: a closure handed to a function that is not inlined is compiled without the instruction set.
 #[inline(always)]
 pub(super) fn dots<S: Simd, const X: usize, const Y: usize>(
     simd: S,
@@ -74,26 +76,48 @@ pub(super) fn dots<S: Simd, const X: usize, const Y: usize>(
     ys: [&[f32]; Y],
 ) -> [[f32; Y]; X] {
     let length = xs[0].len();
-    let xs = xs.map(|x| S::as_simd_f32s(&x[..length]));
-    let ys = ys.map(|y| S::as_simd_f32s(&y[..length]));
-    let mut sums = [[simd.splat_f32s(0.0); Y]; X];
-    let mut i = 0;
-    while i < xs[0].0.len() {
-        add_products(simd, xs.map(|x| x.0[i]), ys.map(|y| y.0[i]), &mut sums);
-        i += 1;
+    let (mut x_heads, mut x_tails) = ([&[] as &[S::f32s]; X], [&[] as &[f32]; X]);
+    let (mut y_heads, mut y_tails) = ([&[] as &[S::f32s]; Y], [&[] as &[f32]; Y]);
+    for x in 0..X {
+        (x_heads[x], x_tails[x]) = S::as_simd_f32s(&xs[x][..length]);
     }
-    if !xs[0].1.is_empty() {
-        let load = |row: (&[S::f32s], &[f32])| simd.partial_load_f32s(row.1);
-        add_products(simd, xs.map(load), ys.map(load), &mut sums);
+    for y in 0..Y {
+        (y_heads[y], y_tails[y]) = S::as_simd_f32s(&ys[y][..length]);
     }
-    sums.map(|sums| sums.map(|sum| simd.reduce_sum_f32s(sum)))
+    let zero = simd.splat_f32s(0.0);
+    let (mut x_now, mut y_now, mut sums) = ([zero; X], [zero; Y], [[zero; Y]; X]);
+    for i in 0..length / S::F32_LANES {
+        for x in 0..X {
+            x_now[x] = x_heads[x][i];
+        }
+        for y in 0..Y {
+            y_now[y] = y_heads[y][i];
+        }
+        add_products(simd, &x_now, &y_now, &mut sums);
+    }
+    if !x_tails[0].is_empty() {
+        for x in 0..X {
+            x_now[x] = simd.partial_load_f32s(x_tails[x]);
+        }
+        for y in 0..Y {
+            y_now[y] = simd.partial_load_f32s(y_tails[y]);
+        }
+        add_products(simd, &x_now, &y_now, &mut sums);
+    }
+    let mut totals = [[0.0; Y]; X];
+    for x in 0..X {
+        for y in 0..Y {
+            totals[x][y] = simd.reduce_sum_f32s(sums[x][y]);
+        }
+    }
+    totals
 }
 
 #[inline(always)]
 fn add_products<S: Simd, const X: usize, const Y: usize>(
     simd: S,
-    xs: [S::f32s; X],
-    ys: [S::f32s; Y],
+    xs: &[S::f32s; X],
+    ys: &[S::f32s; Y],
     sums: &mut [[S::f32s; Y]; X],
 ) {
     for x in 0..X {
@@ -108,7 +132,7 @@ mod tests {
     use pulp::{Simd, WithSimd};
 
     use super::{exp, exp2, silu};
-    use crate::backend::cpu::vector::on_every_instruction_set;
+    use crate::backend::cpu::vector::instruction_sets;
 
     #[derive(Clone, Copy)]
     enum Function {
@@ -134,6 +158,10 @@ mod tests {
             }
             out
         }
+    }
+
+    fn on_every_instruction_set(function: Each) -> Vec<Vec<f32>> {
+        instruction_sets().into_iter().map(|set| set.dispatch(function.clone())).collect()
     }
 
     fn worst(function: Function, from: f32, to: f32, reference: impl Fn(f64) -> f64) -> f64 {

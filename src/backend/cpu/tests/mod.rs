@@ -54,28 +54,47 @@ fn silu(x: f64) -> f64 {
     x / (1.0 + (-x).exp())
 }
 
+/// A layer or so of odd sizes: every vectorised operation takes part.
+fn some_layer(cpu: &Cpu, rows: usize) -> Matrix {
+    let shape = HeadShape { heads: 4, kv_heads: 2, head_dim: 22 };
+    let rng = &mut StdRng::seed_from_u64(1);
+    let (mut x, mut h) = (random(rng, rows, 43), poisoned(rows, 43));
+    cpu.rms_norm(rows, &x, &weight(&random(rng, 1, 43)), 1e-5, &mut h).expect("shapes");
+    let mut qkv = poisoned(rows, shape.qkv_width());
+    cpu.linear(rows, &h, &weight(&random(rng, shape.qkv_width(), 43)), None, false, &mut qkv).expect("shapes");
+    let (k, v) = (random(rng, rows + 5, shape.kv_width()), random(rng, rows + 5, shape.kv_width()));
+    let segments = vec![Segment { source: 0, rows: 0..rows + 5, mask: Mask::Causal }];
+    let task = AttentionTask { queries: 0..rows, segments };
+    let mut out = poisoned(rows, shape.q_width());
+    cpu.attention(shape, &qkv, &[KvRef { k: &k, v: &v }], &[task], &mut out, None).expect("shapes");
+    let (gate_up, down) = (weight(&random(rng, 2 * 70, shape.q_width())), weight(&random(rng, 43, 70)));
+    cpu.mlp(rows, &out, &gate_up, &down, &mut x).expect("shapes");
+    x
+}
+
 #[test]
 fn results_do_not_depend_on_the_number_of_threads() {
-    let shape = HeadShape { heads: 4, kv_heads: 2, head_dim: 16 };
-    let run = |threads: usize, rows: usize| {
-        let (cpu, rng) = (Cpu::new(threads).expect("threads"), &mut StdRng::seed_from_u64(1));
-        let mut x = random(rng, rows, 40);
-        let mut qkv = poisoned(rows, shape.qkv_width());
-        cpu.linear(rows, &x, &weight(&random(rng, shape.qkv_width(), 40)), None, false, &mut qkv).expect("shapes");
-        let (k, v) = (random(rng, rows, shape.kv_width()), random(rng, rows, shape.kv_width()));
-        let segments = vec![Segment { source: 0, rows: 0..rows, mask: Mask::Causal }];
-        let task = AttentionTask { queries: 0..rows, segments };
-        let mut out = poisoned(rows, shape.q_width());
-        cpu.attention(shape, &qkv, &[KvRef { k: &k, v: &v }], &[task], &mut out, None).expect("shapes");
-        let (gate_up, down) = (weight(&random(rng, 2 * 70, 64)), weight(&random(rng, 40, 70)));
-        cpu.mlp(rows, &out, &gate_up, &down, &mut x).expect("shapes");
-        x
-    };
     for rows in [1, 40, 600, 2300] {
-        let alone = run(1, rows);
+        let alone = some_layer(&Cpu::new(1).expect("threads"), rows);
         assert!(alone.data().iter().all(|x| x.is_finite()));
         for threads in [2, 4] {
-            assert_eq!(run(threads, rows), alone, "{threads} threads, {rows} rows");
+            assert_eq!(some_layer(&Cpu::new(threads).expect("threads"), rows), alone, "{threads} threads, {rows} rows");
+        }
+    }
+}
+
+#[test]
+fn results_are_the_same_on_every_instruction_set_but_for_rounding() {
+    let alone = Cpu::new(1).expect("no threads");
+    for rows in [1, 3, 40, 300] {
+        let best = some_layer(&alone, rows);
+        for set in vector::instruction_sets() {
+            vector::FORCED.set(Some(set));
+            let forced = some_layer(&alone, rows);
+            vector::FORCED.set(None);
+            for (got, expected) in forced.data().iter().zip(best.data()) {
+                assert_close(*got, f64::from(*expected), 10.0);
+            }
         }
     }
 }
