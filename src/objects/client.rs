@@ -136,7 +136,8 @@ impl ObjectClient {
             };
             let finding = self.bounded(&place, provider.get_credential());
             let credential = finding.await?.map_err(refused)?;
-            AwsAuthorizer::new(&credential, "s3", &self.options.region).authorize(&mut request, None);
+            let authorizer = AwsAuthorizer::new(&credential, "s3", &self.options.region);
+            authorizer.try_authorize(&mut request, None).map_err(refused)?;
         }
         let answer = self.bounded(&place, self.http.execute(request)).await?;
         let broken = |reason: String| ObjectError::Unavailable { place: place.clone(), reason };

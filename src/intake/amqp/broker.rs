@@ -38,7 +38,7 @@ pub enum AmqpError {
     Cancelled { place: String, queue: String },
     /// A dead letter has no place to go.
     #[error("{place}: {source}")]
-    DeadLetter { place: String, source: super::publisher::PublishError },
+    DeadLetter { place: String, source: Box<super::publisher::PublishError> },
     /// The store refuses, and not for want of an answer.
     #[error(transparent)]
     Store(#[from] crate::store::StoreError),

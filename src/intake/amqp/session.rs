@@ -17,7 +17,7 @@ use super::supervisor::AmqpIntake;
 use crate::failpoint;
 use crate::job::ErrorCode;
 use crate::pipeline::shutdown::Shutdown;
-use crate::store::{Door, Enqueued, NewJob, Rejection, Store, StoreError};
+use crate::store::{Door, Enqueued, NewJob, Rejection, StoreError};
 use crate::telemetry::metrics;
 
 /// Deliveries in one transaction at most; bounds what a commit that fails has to repeat.
@@ -155,7 +155,7 @@ impl<'a> Session<'a> {
         self.dead_letters
             .publish(&letter)
             .await
-            .map_err(|source| AmqpError::DeadLetter { place: place(), source })?;
+            .map_err(|source| AmqpError::DeadLetter { place: place(), source: Box::new(source) })?;
         failpoint::reach("intake.dead_lettered");
         metrics::REJECTED.add(&["amqp", rejection.code.as_str()], 1);
         info!(rejection.code = %rejection.code, rejection.digest = %rejection.digest, "a message was refused");

@@ -67,11 +67,10 @@ impl Topology {
     /// At-least-once dead lettering needs `reject-publish`: a full dead-letter queue must push back, not lose.
     fn work_arguments(&self) -> FieldTable {
         let mut arguments = quorum();
-        let mut insert = |name: &str, value: AMQPValue| arguments.insert(name.into(), value);
-        insert("x-delivery-limit", AMQPValue::LongLongInt(i64::from(self.delivery_limit)));
-        insert("x-dead-letter-exchange", text(&self.dead_letter_exchange));
-        insert("x-dead-letter-strategy", text("at-least-once"));
-        insert("x-overflow", text("reject-publish"));
+        arguments.insert("x-delivery-limit".into(), AMQPValue::LongLongInt(i64::from(self.delivery_limit)));
+        arguments.insert("x-dead-letter-exchange".into(), text(&self.dead_letter_exchange));
+        arguments.insert("x-dead-letter-strategy".into(), text("at-least-once"));
+        arguments.insert("x-overflow".into(), text("reject-publish"));
         arguments
     }
 }
