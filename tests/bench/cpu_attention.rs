@@ -1,7 +1,7 @@
 //! How much of the processor the CPU backend gets: attention and linear layers in GFLOP/s, as a share of what the `gemm` crate gets
 //! from a plain product of as many operations in the same run, and the time of a small model's prefill.
 //!
-//! `cargo bench --bench cpu_attention [-- THREADS] [attention | decode | linear | prefill]`
+//! `cargo bench --bench cpu_attention [-- THREADS] [attention | decode | linear | layers]`
 
 #![allow(unsafe_code)]
 
@@ -41,8 +41,10 @@ fn main() {
         }
         mlp(&cpu, threads, 8192);
     }
-    if wanted("prefill") {
-        prefill_layers(&cpu, 32768);
+    if wanted("layers") {
+        for (rows, tokens) in [(32768, 32768), (32, 32768), (1, 32768), (1, 4096)] {
+            layers(&cpu, rows, tokens);
+        }
     }
 }
 
@@ -175,38 +177,38 @@ fn mlp(cpu: &Cpu, threads: usize, rows: usize) {
     report(&format!("mlp, {rows} rows"), threads, 6.0 * (rows * HIDDEN * MLP) as f64, seconds);
 }
 
-/// The layers of a model of 7 million parameters over a document, full attention: one layer measured, all of them reported.
-fn prefill_layers(cpu: &Cpu, tokens: usize) {
+/// The layers of a model of 7 million parameters with full attention, `rows` tokens at the end of a document of `tokens`: the whole of it
+/// for a prefill, one for a step of generation. One layer is measured, all of them are reported.
+fn layers(cpu: &Cpu, rows: usize, tokens: usize) {
     let (norm, qkv_weight) = (weight(cpu, 1, HIDDEN), weight(cpu, SHAPE.qkv_width(), HIDDEN));
     let (o, gate_up, down) =
         (weight(cpu, HIDDEN, SHAPE.q_width()), weight(cpu, 2 * MLP, HIDDEN), weight(cpu, HIDDEN, MLP));
-    let (mut x, mut h) = (numbers(tokens, HIDDEN), Matrix::zeros(tokens, HIDDEN));
-    let (mut qkv, mut out) = (Matrix::zeros(tokens, SHAPE.qkv_width()), Matrix::zeros(tokens, SHAPE.q_width()));
-    let (mut k, mut v) = (Matrix::zeros(tokens, SHAPE.kv_width()), Matrix::zeros(tokens, SHAPE.kv_width()));
-    let positions: Vec<u32> = (0..tokens as u32).collect();
+    let (mut x, mut h) = (numbers(rows, HIDDEN), Matrix::zeros(rows, HIDDEN));
+    let (mut qkv, mut out) = (Matrix::zeros(rows, SHAPE.qkv_width()), Matrix::zeros(rows, SHAPE.q_width()));
+    let (mut k, mut v) = (numbers(tokens, SHAPE.kv_width()), numbers(tokens, SHAPE.kv_width()));
+    let positions: Vec<u32> = (tokens as u32 - rows as u32..tokens as u32).collect();
     let inv_freq: Vec<f32> = (0..32).map(|i| 1e6_f32.powf(-(i as f32) / 32.0)).collect();
-    let mut stages = [("norm", 0.0), ("qkv", 0.0), ("rope", 0.0), ("attention", 0.0), ("o", 0.0), ("mlp", 0.0)];
-    let mut stage = |i: usize, run: &mut dyn FnMut()| {
-        let start = Instant::now();
-        run();
-        stages[i].1 += start.elapsed().as_secs_f64();
-    };
-    stage(0, &mut || cpu.rms_norm(tokens, &x, &norm, 1e-5, &mut h).expect("shapes"));
-    stage(1, &mut || cpu.linear(tokens, &h, &qkv_weight, None, false, &mut qkv).expect("shapes"));
-    stage(2, &mut || {
-        let kv = KvMut { k: &mut k, v: &mut v, first_row: 0 };
-        cpu.rope_store(SHAPE, 0..tokens, &positions, &inv_freq, 1.0, &mut qkv, kv).expect("shapes");
-    });
-    let tasks = causal(tokens);
-    stage(3, &mut || {
-        cpu.attention(SHAPE, &qkv, &[KvRef { k: &k, v: &v }], &tasks, &mut out, None).expect("shapes");
-    });
-    stage(4, &mut || cpu.linear(tokens, &out, &o, None, true, &mut x).expect("shapes"));
-    stage(0, &mut || cpu.rms_norm(tokens, &x, &norm, 1e-5, &mut h).expect("shapes"));
-    stage(5, &mut || cpu.mlp(tokens, &h, &gate_up, &down, &mut x).expect("shapes"));
+    let segments = vec![Segment { source: 0, rows: 0..tokens, mask: Mask::Causal }];
+    let tasks = [AttentionTask { queries: 0..rows, segments }];
+    let stages = [
+        ("norm", fastest(|| cpu.rms_norm(rows, &x, &norm, 1e-5, &mut h).expect("shapes"))),
+        ("qkv", fastest(|| cpu.linear(rows, &h, &qkv_weight, None, false, &mut qkv).expect("shapes"))),
+        ("rope", {
+            fastest(|| {
+                let kv = KvMut { k: &mut k, v: &mut v, first_row: tokens - rows };
+                cpu.rope_store(SHAPE, 0..rows, &positions, &inv_freq, 1.0, &mut qkv, kv).expect("shapes");
+            })
+        }),
+        ("attention", {
+            let sources = [KvRef { k: &k, v: &v }];
+            fastest(|| cpu.attention(SHAPE, &qkv, &sources, &tasks, &mut out, None).expect("shapes"))
+        }),
+        ("o", fastest(|| cpu.linear(rows, &out, &o, None, false, &mut x).expect("shapes"))),
+        ("mlp", fastest(|| cpu.mlp(rows, &h, &gate_up, &down, &mut x).expect("shapes"))),
+    ];
     let total: f64 = stages.iter().map(|(_, seconds)| seconds).sum();
-    println!("prefill of {tokens} tokens, {LAYERS} layers: {:.2} s", total * LAYERS as f64);
+    println!("{rows} of {tokens} tokens through {LAYERS} layers: {:.2} ms", total * LAYERS as f64 * 1e3);
     for (name, seconds) in stages {
-        println!("  {name:<10} {:9.1} ms a layer", seconds * 1e3);
+        println!("  {name:<10} {:9.3} ms a layer", seconds * 1e3);
     }
 }

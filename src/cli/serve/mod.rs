@@ -13,7 +13,6 @@ use std::process;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -21,7 +20,6 @@ use super::run::{model, prompter};
 use super::{CliError, Status, runtime};
 use crate::config::{AmqpConfig, Config};
 use crate::document::fetch::{AllowedSource, DocumentSource, S3Source};
-use crate::engine::Engine;
 use crate::intake::amqp::{AmqpIntake, Terms};
 use crate::intake::dropfolder::DropFolder;
 use crate::job::WorkerId;
@@ -125,10 +123,10 @@ impl Daemon {
             store: self.store.clone(),
             documents: self.documents(),
             prompter: Arc::new(prompter(model)?),
-            engine: engine.clone(),
+            engine,
             events: Arc::new(events::Telemetry),
         };
-        let doors = self.open_doors(&shutdown, &engine.info().model_digest);
+        let doors = self.open_doors(&shutdown);
         let flushed = CancellationToken::new();
         let outbox = self.dispatcher().map(|outbox| {
             tokio::spawn(outbox.run(flushed.clone().cancelled_owned(), shutdown.clone()))
@@ -174,7 +172,7 @@ impl Daemon {
         Arc::new(AllowedSource::new(self.config.locations.clone(), S3Source::new(self.stores.clone())))
     }
 
-    fn open_doors(&self, shutdown: &Shutdown, model_digest: &str) -> Vec<tokio::task::JoinHandle<()>> {
+    fn open_doors(&self, shutdown: &Shutdown) -> Vec<tokio::task::JoinHandle<()>> {
         let mut doors = Vec::new();
         if let Some(amqp) = &self.config.amqp {
             doors.push(tokio::spawn(self.intake(amqp).run(shutdown.clone())));
@@ -184,7 +182,6 @@ impl Daemon {
                 config: drop.clone(),
                 stores: self.stores.clone(),
                 store: self.store.clone(),
-                model_digest: model_digest.to_owned(),
                 max_document_bytes: self.config.work.max_document_bytes,
                 health: self.health.component("drop folder"),
             };

@@ -107,10 +107,11 @@ fn split_blocks(threads: &Threads, inputs: &Inputs<'_>, mut blocks: Vec<QueryBlo
     for (index, keys) in keys.iter().enumerate() {
         let parts = keys.len().div_ceil(PART_KEY_BLOCKS).clamp(1, wanted);
         let length = keys.len().div_ceil(parts).max(1);
-        for kv_head in 0..kv_heads {
-            // A block that sees no key has one part all the same, which says so.
-            let ranges = (0..keys.len().max(1)).step_by(length).map(|k| k..(k + length).min(keys.len()));
-            pieces.extend(ranges.map(|range| (index, kv_head, range)));
+        // A block that sees no key has one part all the same, which says so.
+        for first in (0..keys.len().max(1)).step_by(length) {
+            let range = first..(first + length).min(keys.len());
+            // The heads of a range one after the other: their keys lie side by side in memory.
+            pieces.extend((0..kv_heads).map(|kv_head| (index, kv_head, range.clone())));
         }
     }
     let mut partials: Vec<Option<Partial>> = pieces.iter().map(|_| None).collect();
@@ -119,19 +120,16 @@ fn split_blocks(threads: &Threads, inputs: &Inputs<'_>, mut blocks: Vec<QueryBlo
         let tile = blocks[*index].tile(inputs, *kv_head);
         *partial = Some(tile.attend(&keys[*index][range.clone()], scratch));
     });
-    let mut merged: Option<(usize, usize, Partial)> = None;
+    let mut whole: Vec<Option<Partial>> = (0..blocks.len() * kv_heads).map(|_| None).collect();
     for ((index, kv_head, _), partial) in pieces.into_iter().zip(partials.into_iter().flatten()) {
-        match &mut merged {
-            Some((block, head, sum)) if (*block, *head) == (index, kv_head) => sum.absorb(&partial),
-            _ => {
-                if let Some((block, head, sum)) = merged.replace((index, kv_head, partial)) {
-                    sum.store(inputs.shape, head, &mut blocks[block]);
-                }
-            }
+        match &mut whole[index * kv_heads + kv_head] {
+            Some(sum) => sum.absorb(&partial),
+            none => *none = Some(partial),
         }
     }
-    if let Some((block, head, sum)) = merged {
-        sum.store(inputs.shape, head, &mut blocks[block]);
+    for (place, sum) in whole.into_iter().enumerate() {
+        let (index, kv_head) = (place / kv_heads, place % kv_heads);
+        sum.into_iter().for_each(|sum| sum.store(inputs.shape, kv_head, &mut blocks[index]));
     }
 }
 
