@@ -138,7 +138,16 @@ pub(super) fn check(raw: Raw, faults: &mut Vec<String>) -> Option<Config> {
     let listen = parsed::<SocketAddr>("[http] listen", &listen, faults);
     let engine = check_engine(engine, faults);
     let work = check_work(work, faults);
-    Some(Config { database: database?, amqp: amqp.flatten_option()?, stores, locations, engine, work, listen: listen?, drops })
+    Some(Config {
+        database: database?,
+        amqp: amqp.flatten_option()?,
+        stores,
+        locations,
+        engine,
+        work,
+        listen: listen?,
+        drops,
+    })
 }
 
 /// `Some(None)` is a section that is there and wrong.
@@ -159,9 +168,9 @@ fn check_amqp(raw: raw::Amqp, faults: &mut Vec<String>) -> Option<AmqpConfig> {
     let url = secret("amqp", "url", raw.url, raw.url_file.as_deref(), faults);
     let certificates = raw.ca_file.and_then(|path| read("[amqp] ca_file", &path, faults));
     let broker = match url {
-        Some(url) => Broker::new(&url, certificates, "apbd")
-            .map_err(|error| faults.push(format!("[amqp] url: {error}")))
-            .ok(),
+        Some(url) => {
+            Broker::new(&url, certificates, "apbd").map_err(|error| faults.push(format!("[amqp] url: {error}"))).ok()
+        }
         None => fault(faults, "[amqp] url: missing; expected amqp://USER:PASSWORD@HOST/VHOST"),
     };
     let named = Topology::named(raw.queue.as_deref().unwrap_or("apbd.jobs"));
@@ -181,7 +190,13 @@ fn check_amqp(raw: raw::Amqp, faults: &mut Vec<String>) -> Option<AmqpConfig> {
     refuse(faults, admission.window == 0 || admission.prefetch == 0, "[amqp] window and prefetch: at least 1");
     let mut limits = MessageLimits::default();
     limits.bytes = raw.max_message_bytes.unwrap_or(limits.bytes);
-    Some(AmqpConfig { broker: broker?, topology, admission, limits, reply_targets: raw.reply_targets.unwrap_or_default() })
+    Some(AmqpConfig {
+        broker: broker?,
+        topology,
+        admission,
+        limits,
+        reply_targets: raw.reply_targets.unwrap_or_default(),
+    })
 }
 
 fn check_store(
@@ -199,10 +214,19 @@ fn check_store(
         (Some(id), Some(secret), false) => Credentials::Key { id, secret },
         (None, None, false) => Credentials::Ambient,
         (None, None, true) => Credentials::Anonymous,
-        _ => return fault(faults, &format!("{at}: either access_key_id and secret_access_key, or neither, or anonymous")),
+        _ => {
+            return fault(
+                faults,
+                &format!("{at}: either access_key_id and secret_access_key, or neither, or anonymous"),
+            );
+        }
     };
     let allowed = raw.allowed.unwrap_or_default();
-    refuse(faults, allowed.is_empty(), &format!("{at}: allowed is empty; list buckets as \"bucket\" or \"bucket/prefix\""));
+    refuse(
+        faults,
+        allowed.is_empty(),
+        &format!("{at}: allowed is empty; list buckets as \"bucket\" or \"bucket/prefix\""),
+    );
     for entry in allowed {
         let (bucket, prefix) = entry.split_once('/').unwrap_or((&entry, ""));
         let (store, bucket, prefix) = (alias.clone(), bucket.to_owned(), prefix.to_owned());
@@ -210,7 +234,11 @@ fn check_store(
     }
     let allow_http = raw.allow_http.unwrap_or(false);
     let plain = raw.endpoint.as_deref().is_some_and(|endpoint| endpoint.starts_with("http://"));
-    refuse(faults, plain && !allow_http, &format!("{at}: endpoint is not https; set allow_http = true if that is meant"));
+    refuse(
+        faults,
+        plain && !allow_http,
+        &format!("{at}: endpoint is not https; set allow_http = true if that is meant"),
+    );
     Some(StoreOptions {
         alias,
         endpoint: raw.endpoint,
@@ -223,7 +251,9 @@ fn check_store(
 
 fn check_drop(number: usize, raw: raw::Drop, locations: &Locations, faults: &mut Vec<String>) -> Option<DropConfig> {
     let at = format!("[[drop]] {number}");
-    let Some(place) = raw.at else { return fault(faults, &format!("{at}: at is missing; expected s3://… or file:///…")) };
+    let Some(place) = raw.at else {
+        return fault(faults, &format!("{at}: at is missing; expected s3://… or file:///…"));
+    };
     let uri = parsed::<DocumentUri>(&format!("{at} at"), &place, faults)?;
     if let Err(reason) = locations.allows(&uri) {
         faults.push(format!("{at} at: {reason}: list it in [[store]] allowed or [files] folders"));
@@ -250,7 +280,11 @@ fn check_drop(number: usize, raw: raw::Drop, locations: &Locations, faults: &mut
 
 fn check_engine(raw: raw::Engine, faults: &mut Vec<String>) -> EngineConfig {
     if let Some(model) = &raw.model {
-        refuse(faults, !model.join("config.json").is_file(), &format!("[engine] model: {} has no config.json", model.display()));
+        refuse(
+            faults,
+            !model.join("config.json").is_file(),
+            &format!("[engine] model: {} has no config.json", model.display()),
+        );
     }
     refuse(faults, raw.ranks == Some(0), "[engine] ranks: at least 1");
     let factor = raw.silence_factor.unwrap_or(5.0);
@@ -290,13 +324,7 @@ fn check_work(raw: raw::Work, faults: &mut Vec<String>) -> WorkConfig {
 }
 
 /// A value that may be written down, or be in a file of its own.
-fn secret(
-    at: &str,
-    key: &str,
-    value: Option<String>,
-    file: Option<&Path>,
-    faults: &mut Vec<String>,
-) -> Option<String> {
+fn secret(at: &str, key: &str, value: Option<String>, file: Option<&Path>, faults: &mut Vec<String>) -> Option<String> {
     match (value, file) {
         (Some(_), Some(_)) => fault(faults, &format!("[{at}] {key} and {key}_file: only one of them")),
         (Some(value), None) => Some(value),

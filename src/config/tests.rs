@@ -22,7 +22,8 @@ fn every_fault_is_said_at_once() {
         endpoint = "http://s3.example"
         access_key_id = "only half"
     "#;
-    let faults = Config::parse(text, &environment(&[("APBD_NOTHING_URL", "x")])).expect_err("refused").faults.join("\n");
+    let faults =
+        Config::parse(text, &environment(&[("APBD_NOTHING_URL", "x")])).expect_err("refused").faults.join("\n");
     let all = ["[databse]", "[amqp]", "[http] listen", "[database] url", "lease_s", "[[store]] 1", "APBD_NOTHING_URL"];
     for named in all {
         assert!(faults.contains(named), "{named} is not in:\n{faults}");

@@ -67,10 +67,8 @@ impl ObjectClient {
     /// Makes a client; nothing is sent yet.
     pub fn new(options: StoreOptions) -> Result<Self, ObjectError> {
         let place = options.alias.clone();
-        let unusable = |error: object_store::Error| ObjectError::Credentials {
-            place: place.clone(),
-            reason: error.to_string(),
-        };
+        let unusable =
+            |error: object_store::Error| ObjectError::Credentials { place: place.clone(), reason: error.to_string() };
         // The builder finds credentials as AWS's tools do; the bucket does not matter for that.
         let builder = match &options.credentials {
             Credentials::Anonymous => None,
@@ -166,8 +164,11 @@ impl ObjectClient {
         };
         url.push('/');
         url.push_str(bucket);
-        url.push('/');
-        encode(key, true, &mut url);
+        // Without a key the bucket itself is meant.
+        if !key.is_empty() {
+            url.push('/');
+            encode(key, true, &mut url);
+        }
         for (index, (name, value)) in query.iter().enumerate() {
             url.push(if index == 0 { '?' } else { '&' });
             url.push_str(name);

@@ -58,24 +58,22 @@ impl ObjectClient {
 /// Reads a `ListBucketResult`.
 fn page(xml: &str) -> Result<Page, String> {
     let (mut page, mut object, mut encoded) = (Page::default(), None::<Listed>, false);
-    walk(xml, |path, text| {
-        match (path, &mut object) {
-            ([.., "Contents"], _) if text.is_none() => page.objects.extend(object.take()),
-            ([.., "Contents", field], slot) => {
-                let object = slot.get_or_insert_default();
-                let text = text.unwrap_or_default();
-                match *field {
-                    "Key" => object.key = text.to_owned(),
-                    "Size" => object.size = text.parse().unwrap_or(0),
-                    "ETag" => object.etag = Some(text.trim_matches('"').to_owned()),
-                    "LastModified" => object.last_modified = Some(text.to_owned()),
-                    _ => {}
-                }
+    walk(xml, |path, text| match (path, &mut object) {
+        ([.., "Contents"], _) if text.is_none() => page.objects.extend(object.take()),
+        ([.., "Contents", field], slot) => {
+            let object = slot.get_or_insert_default();
+            let text = text.unwrap_or_default();
+            match *field {
+                "Key" => object.key = text.to_owned(),
+                "Size" => object.size = text.parse().unwrap_or(0),
+                "ETag" => object.etag = Some(text.trim_matches('"').to_owned()),
+                "LastModified" => object.last_modified = Some(text.to_owned()),
+                _ => {}
             }
-            ([_, "NextContinuationToken"], _) => page.next = text.map(str::to_owned),
-            ([_, "EncodingType"], _) => encoded = text == Some("url"),
-            _ => {}
         }
+        ([_, "NextContinuationToken"], _) => page.next = text.map(str::to_owned),
+        ([_, "EncodingType"], _) => encoded = text == Some("url"),
+        _ => {}
     })?;
     if encoded {
         for object in &mut page.objects {

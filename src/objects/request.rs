@@ -5,8 +5,8 @@
 use std::ops::Range;
 
 use futures_util::StreamExt;
-use http::header::{CONTENT_RANGE, CONTENT_TYPE, ETAG, HeaderMap, HeaderName, HeaderValue, IF_MATCH, RANGE};
 use http::Method;
+use http::header::{CONTENT_RANGE, CONTENT_TYPE, ETAG, HeaderMap, HeaderName, HeaderValue, IF_MATCH, RANGE};
 use object_store::client::HttpResponse;
 
 use super::client::{ObjectClient, encode, sentence};
@@ -105,11 +105,8 @@ impl ObjectClient {
 
     /// Replaces an object's tags by one.
     pub async fn tag(&self, bucket: &str, key: &str, name: &str, value: &str) -> Result<(), ObjectError> {
-        let body =
-            format!("<Tagging><TagSet><Tag><Key>{name}</Key><Value>{value}</Value></Tag></TagSet></Tagging>");
-        self.send(Method::PUT, (bucket, key), &[("tagging", "")], HeaderMap::new(), body.into_bytes())
-            .await
-            .map(|_| ())
+        let body = format!("<Tagging><TagSet><Tag><Key>{name}</Key><Value>{value}</Value></Tag></TagSet></Tagging>");
+        self.send(Method::PUT, (bucket, key), &[("tagging", "")], HeaderMap::new(), body.into_bytes()).await.map(|_| ())
     }
 
     /// Deletes an object; that it is not there is fine.
@@ -130,13 +127,7 @@ impl ObjectClient {
         }
     }
 
-    async fn body(
-        &self,
-        place: &str,
-        answer: HttpResponse,
-        head: Head,
-        wanted: u64,
-    ) -> Result<Got, ObjectError> {
+    async fn body(&self, place: &str, answer: HttpResponse, head: Head, wanted: u64) -> Result<Got, ObjectError> {
         let mut bytes = Vec::with_capacity(wanted.min(1 << 26) as usize);
         let mut stream = answer.into_body().bytes_stream();
         let broken = loop {
@@ -159,9 +150,8 @@ impl ObjectClient {
     }
 
     fn head_of(&self, place: &str, answer: &HttpResponse) -> Result<Head, ObjectError> {
-        let text = |name: HeaderName| {
-            answer.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned)
-        };
+        let text =
+            |name: HeaderName| answer.headers().get(name).and_then(|value| value.to_str().ok()).map(str::to_owned);
         // `bytes 0-9/120` of a part, the length itself of a whole.
         let size = match text(CONTENT_RANGE) {
             Some(range) => range.rsplit_once('/').and_then(|(_, size)| size.parse().ok()),

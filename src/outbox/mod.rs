@@ -122,8 +122,7 @@ impl Dispatcher {
             Err(PublishError::Broken(error)) => return Err(error.into()),
             Err(refused) => refused.to_string(),
         };
-        let after = (event.tries < TRIES)
-            .then(|| RETURNED.0.saturating_mul(1 << event.tries.min(16)).min(RETURNED.1));
+        let after = (event.tries < TRIES).then(|| RETURNED.0.saturating_mul(1 << event.tries.min(16)).min(RETURNED.1));
         warn!(event.id = %event.event_id, event.target = event.reply.target, error.message = reason, event.tries, "a completion event was not taken");
         metrics::EVENTS.add(&[if after.is_some() { "returned" } else { "given_up" }], 1);
         self.store.outbox_return(event.event_id, &reason, after).await?;

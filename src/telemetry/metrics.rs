@@ -41,8 +41,17 @@ pub static STAGE_SECONDS: Histogram =
 /// All of them, as Prometheus reads it.
 pub fn text() -> String {
     let all = [
-        &INTAKE, &REJECTED, &BROKER_FAILURES, &CLAIMED, &ATTEMPTS, &LEASES_LOST, &STORE_FAILURES, &TOKENS, &EVENTS,
-        &ENGINE_ENDS, &INBOX,
+        &INTAKE,
+        &REJECTED,
+        &BROKER_FAILURES,
+        &CLAIMED,
+        &ATTEMPTS,
+        &LEASES_LOST,
+        &STORE_FAILURES,
+        &TOKENS,
+        &EVENTS,
+        &ENGINE_ENDS,
+        &INBOX,
     ];
     let mut out = String::new();
     all.iter().for_each(|series| series.write(&mut out));
@@ -174,8 +183,12 @@ mod tests {
         let mut out = String::new();
         JOBS.write(&mut out);
         TIME.write(&mut out);
-        assert!(out.starts_with("# HELP jobs_total Jobs\n# TYPE jobs_total counter\njobs_total{state=\"failed\",code=\"x\"} 3\n"));
-        assert!(out.contains("time_bucket{stage=\"fetch\",le=\"0.05\"} 0\ntime_bucket{stage=\"fetch\",le=\"0.1\"} 1\n"));
+        assert!(out.starts_with(
+            "# HELP jobs_total Jobs\n# TYPE jobs_total counter\njobs_total{state=\"failed\",code=\"x\"} 3\n"
+        ));
+        assert!(
+            out.contains("time_bucket{stage=\"fetch\",le=\"0.05\"} 0\ntime_bucket{stage=\"fetch\",le=\"0.1\"} 1\n")
+        );
         assert!(out.ends_with("time_sum{stage=\"fetch\"} 0.07\ntime_count{stage=\"fetch\"} 1\n"));
     }
 }

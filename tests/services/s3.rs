@@ -2,8 +2,8 @@
 //!
 //! Invariant: only the key that it gives may do anything; its data is in memory and ends with it.
 
-use std::sync::OnceLock;
 use std::process::Stdio;
+use std::sync::OnceLock;
 
 use serde_json::Value;
 
@@ -33,7 +33,7 @@ impl S3 {
     pub fn start() -> Self {
         let program = python("python").display().to_string();
         let mut server = Group::spawn(&program, &[SERVER], |command| {
-            command.stdout(Stdio::piped()).stderr(Stdio::inherit());
+            command.stdout(Stdio::piped()).stderr(Stdio::null());
         });
         let line = first_line(&mut server.take_stdout());
         let said: Value = serde_json::from_str(&line).unwrap_or_else(|_| panic!("the S3 server did not start: {line}"));

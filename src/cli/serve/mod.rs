@@ -29,7 +29,7 @@ use crate::pipeline::shutdown::{self, Phase, Shutdown};
 use crate::pipeline::{Parts, Pipeline, Settings};
 use crate::store::{self, Access, Store};
 use crate::supervise::{EngineOptions, SupervisedEngine};
-use crate::telemetry::health::Health;
+use crate::telemetry::health::{Component, Health};
 use crate::telemetry::{console, http};
 
 /// Wait between two tries to reach the database at the start.
@@ -75,13 +75,14 @@ async fn serve(config: Config, model: PathBuf, stores: Vec<ObjectClient>) -> Res
     let (handle, shutdown) = shutdown::channel();
     shutdown::on_signals(handle, told).map_err(|error| CliError::Internal(format!("signals: {error}")))?;
     let health = Health::default();
+    let start = health.component("start");
     let listener = http::bind(config.listen)
         .await
         .map_err(|error| CliError::Unavailable(format!("[http] listen {}: {error}", config.listen)))?;
     let over = CancellationToken::new();
     let answering = tokio::spawn(http::serve(listener, health.clone(), over.clone().cancelled_owned()));
     let Some(store) = open_store(&config, &shutdown).await? else { return Ok(Status::Done) };
-    let daemon = Daemon { config, stores, store, health };
+    let daemon = Daemon { config, stores, store, health, start };
     let ended = daemon.run(&model, shutdown).await;
     over.cancel();
     // It only answers questions; that it failed was its asker's to see.
@@ -114,6 +115,8 @@ struct Daemon {
     stores: Vec<ObjectClient>,
     store: Arc<dyn Store>,
     health: Health,
+    /// Ready when every other part is at least known.
+    start: Component,
 }
 
 impl Daemon {
@@ -128,9 +131,10 @@ impl Daemon {
         };
         let doors = self.open_doors(&shutdown);
         let flushed = CancellationToken::new();
-        let outbox = self.dispatcher().map(|outbox| {
-            tokio::spawn(outbox.run(flushed.clone().cancelled_owned(), shutdown.clone()))
-        });
+        let outbox = self
+            .dispatcher()
+            .map(|outbox| tokio::spawn(outbox.run(flushed.clone().cancelled_owned(), shutdown.clone())));
+        self.start.ready();
         info!(worker.pid = process::id(), "serving");
         let worked = Pipeline::new(parts, self.settings()).run(shutdown.clone()).await;
         flushed.cancel();

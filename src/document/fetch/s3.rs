@@ -71,11 +71,7 @@ fn ranges(from: u64, size: u64) -> impl Iterator<Item = ByteRange> {
 }
 
 /// Reads one range to its end, over as many connections as it takes while each brings something.
-async fn read(
-    client: &ObjectClient,
-    request: GetRequest<'_>,
-    range: ByteRange,
-) -> Result<(Head, Vec<u8>), FetchError> {
+async fn read(client: &ObjectClient, request: GetRequest<'_>, range: ByteRange) -> Result<(Head, Vec<u8>), FetchError> {
     let mut bytes = Vec::new();
     let (mut pinned, mut fruitless, mut wait) = (request.etag.map(str::to_owned), 0, FIRST_WAIT);
     loop {

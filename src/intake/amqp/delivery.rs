@@ -53,11 +53,10 @@ impl Terms {
             let reason = format!("content type {other}: expected application/json");
             return Err(refuse(ErrorCode::MessageInvalid, reason, given));
         }
-        let parsed = JobMessage::parse(data, &self.limits)
-            .map_err(|error| refuse(error.code, error.to_string(), given))?;
+        let parsed =
+            JobMessage::parse(data, &self.limits).map_err(|error| refuse(error.code, error.to_string(), given))?;
         let job_id = parsed.job_id.or(given);
-        let job =
-            parsed.check(given, &self.limits).map_err(|error| refuse(error.code, error.to_string(), job_id))?;
+        let job = parsed.check(given, &self.limits).map_err(|error| refuse(error.code, error.to_string(), job_id))?;
         for document in &job.documents {
             if let Err(reason) = self.locations.allows(&document.uri) {
                 return Err(refuse(ErrorCode::LocationNotAllowed, reason, job_id));

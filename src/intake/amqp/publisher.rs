@@ -89,14 +89,10 @@ impl Publisher {
             properties(message),
         );
         let confirm = self.broker.step("publish", sending).await?;
-        let timed_out = |_| AmqpError::TimedOut {
-            place: self.broker.to_string(),
-            operation: "confirm",
-            bound: CONFIRM_WITHIN,
-        };
+        let timed_out =
+            |_| AmqpError::TimedOut { place: self.broker.to_string(), operation: "confirm", bound: CONFIRM_WITHIN };
         let confirmed = tokio::time::timeout(CONFIRM_WITHIN, confirm).await.map_err(timed_out)?;
-        let broken =
-            |source| AmqpError::Failed { place: self.broker.to_string(), operation: "confirm", source };
+        let broken = |source| AmqpError::Failed { place: self.broker.to_string(), operation: "confirm", source };
         match confirmed.map_err(broken)? {
             // A returned message is acked too: that it was acked alone says nothing.
             Confirmation::Ack(Some(returned)) | Confirmation::Nack(Some(returned)) => {

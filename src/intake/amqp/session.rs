@@ -60,15 +60,23 @@ impl<'a> Session<'a> {
     /// Consumes until the process stops or the inbox is full; then what was delivered already is still taken in.
     pub async fn consume(mut self, shutdown: &Shutdown) -> Result<End, AmqpError> {
         let mut look = tokio::time::interval(self.intake.admission.look_every);
+        let mut room = 0;
         let end = loop {
             tokio::select! {
                 biased;
                 () = shutdown.draining() => break End::Shutdown,
-                _ = look.tick() => if self.intake.is_full().await { break End::Full },
-                delivery = self.consumer.next() => {
+                _ = look.tick() => room = self.intake.room().await,
+                delivery = self.consumer.next(), if room > 0 => {
                     let batch = self.batch(delivery)?;
+                    room = room.saturating_sub(batch.len() as u64);
                     self.take_in(batch, shutdown).await?;
+                    if room == 0 {
+                        room = self.intake.room().await;
+                    }
                 }
+            }
+            if room == 0 {
+                break End::Full;
             }
         };
         let cancelling = self.channel.basic_cancel(self.consumer.tag(), BasicCancelOptions::default());

@@ -82,8 +82,7 @@ impl AmqpIntake {
     async fn connected(&self, shutdown: &Shutdown) -> Result<(), Failure> {
         let failed = |consumed: bool| move |error: AmqpError| Failure { consumed, error };
         let connection = self.broker.connect(&self.health).await.map_err(failed(false))?;
-        let channel =
-            self.broker.step("open a channel", connection.create_channel()).await.map_err(failed(false))?;
+        let channel = self.broker.step("open a channel", connection.create_channel()).await.map_err(failed(false))?;
         self.topology.ensure(&self.broker, &channel).await.map_err(failed(false))?;
         loop {
             if !self.wait_for_room(shutdown).await {
@@ -102,9 +101,9 @@ impl AmqpIntake {
         Ok(())
     }
 
-    /// Whether as many jobs wait as may wait. A store that does not answer is no reason to stop: enqueueing waits for it.
-    pub(super) async fn is_full(&self) -> bool {
-        self.waiting().await.is_some_and(|waiting| waiting >= self.admission.window)
+    /// How many jobs may still come in. A store that does not answer is no reason to stop: enqueueing waits for it.
+    pub(super) async fn room(&self) -> u64 {
+        self.waiting().await.map_or(1, |waiting| self.admission.window.saturating_sub(waiting))
     }
 
     async fn waiting(&self) -> Option<u64> {
