@@ -11,6 +11,7 @@ use std::time::Duration;
 use super::raw::{self, Raw};
 use crate::document::fetch::{AllowedPrefix, Locations};
 use crate::intake::amqp::{Admission, Broker, Topology};
+use crate::intake::dropfolder::DropProfile;
 use crate::job::retry::RetryPolicy;
 use crate::job::{DocumentUri, MessageLimits, Priority, Task, TemplateId};
 use crate::objects::{Credentials, StoreOptions};
@@ -35,7 +36,7 @@ pub struct Config {
     /// Where health and metrics are served.
     pub listen: SocketAddr,
     /// Prefixes and folders whose files become jobs.
-    pub drops: Vec<DropConfig>,
+    pub drops: Vec<DropProfile>,
 }
 
 /// The queue.
@@ -85,27 +86,6 @@ pub struct WorkConfig {
     pub max_document_bytes: u64,
     /// What errors mean.
     pub retry: RetryPolicy,
-}
-
-/// A place whose files become jobs.
-#[derive(Debug, Clone, PartialEq)]
-pub struct DropConfig {
-    /// Prefix or folder.
-    pub at: DocumentUri,
-    /// What to do with them.
-    pub task: Task,
-    /// In words.
-    pub instruction: Option<String>,
-    /// Prompt template.
-    pub template: Option<TemplateId>,
-    /// Model.
-    pub model: Option<String>,
-    /// Urgency.
-    pub priority: Priority,
-    /// How long a file must not have changed before it is taken.
-    pub settle: Duration,
-    /// How often to look.
-    pub poll: Duration,
 }
 
 /// Checks everything; `None` where too much is wrong to go on.
@@ -249,7 +229,7 @@ fn check_store(
     })
 }
 
-fn check_drop(number: usize, raw: raw::Drop, locations: &Locations, faults: &mut Vec<String>) -> Option<DropConfig> {
+fn check_drop(number: usize, raw: raw::Drop, locations: &Locations, faults: &mut Vec<String>) -> Option<DropProfile> {
     let at = format!("[[drop]] {number}");
     let Some(place) = raw.at else {
         return fault(faults, &format!("{at}: at is missing; expected s3://… or file:///…"));
@@ -266,7 +246,7 @@ fn check_drop(number: usize, raw: raw::Drop, locations: &Locations, faults: &mut
     let priority = Priority::try_from(raw.priority.unwrap_or(Priority::NORMAL.get()))
         .map_err(|reason| faults.push(format!("{at} priority: {reason}")))
         .ok();
-    Some(DropConfig {
+    Some(DropProfile {
         at: uri,
         task: parsed::<Task>(&format!("{at} task"), task, faults)?,
         instruction: raw.instruction,

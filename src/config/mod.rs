@@ -9,7 +9,7 @@ mod raw;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-pub use checked::{AmqpConfig, Config, DropConfig, EngineConfig, WorkConfig};
+pub use checked::{AmqpConfig, Config, EngineConfig, WorkConfig};
 
 /// Everything that is wrong with a configuration.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -99,11 +99,14 @@ pub(super) fn error_code(xml: &str) -> Option<String> {
 fn walk(xml: &str, mut leaf: impl FnMut(&[&str], Option<&str>)) -> Result<(), String> {
     let mut reader = Reader::from_str(xml);
     let (mut path, mut text) = (Vec::<String>::new(), String::new());
+    // What stands between elements is no text of theirs.
+    let mut is_leaf = false;
     loop {
         match reader.read_event().map_err(|error| error.to_string())? {
             Event::Start(tag) => {
                 path.push(String::from_utf8_lossy(tag.local_name().as_ref()).into_owned());
                 text.clear();
+                is_leaf = true;
             }
             Event::Text(piece) => text.push_str(&piece.decode().map_err(|error| error.to_string())?),
             Event::GeneralRef(name) => {
@@ -112,8 +115,9 @@ fn walk(xml: &str, mut leaf: impl FnMut(&[&str], Option<&str>)) -> Result<(), St
             }
             Event::End(_) => {
                 let names: Vec<&str> = path.iter().map(String::as_str).collect();
-                leaf(&names, (!text.is_empty()).then_some(text.as_str()));
+                leaf(&names, (is_leaf && !text.is_empty()).then_some(text.as_str()));
                 text.clear();
+                is_leaf = false;
                 path.pop();
             }
             Event::Eof => return Ok(()),

@@ -125,12 +125,15 @@ impl std::ops::DerefMut for Slot<'_> {
     }
 }
 
+/// Durations of one label's value: how many were at most each bucket's bound, how many in all, and their sum.
+type Observed = ([u64; BUCKETS_S.len()], u64, f64);
+
 /// Durations by one label.
 pub struct Histogram {
     name: &'static str,
     help: &'static str,
     label: &'static str,
-    values: Mutex<BTreeMap<&'static str, ([u64; BUCKETS_S.len()], u64, f64)>>,
+    values: Mutex<BTreeMap<&'static str, Observed>>,
 }
 
 impl Histogram {

@@ -39,7 +39,7 @@ fn document(bucket: &str, key: &str, etag: Option<String>) -> DocumentRef {
 
 /// Bytes that differ everywhere, so that a range in the wrong place is seen.
 fn content(length: usize, seed: u64) -> Vec<u8> {
-    (0..length as u64).map(|at| ((at.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ seed) >> 29) as u8).collect()
+    (0..length as u64).map(|at| ((at.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ (seed << 30)) >> 29) as u8).collect()
 }
 
 #[tokio::test]

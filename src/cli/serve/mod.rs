@@ -183,7 +183,7 @@ impl Daemon {
         }
         for drop in &self.config.drops {
             let folder = DropFolder {
-                config: drop.clone(),
+                profile: drop.clone(),
                 stores: self.stores.clone(),
                 store: self.store.clone(),
                 max_document_bytes: self.config.work.max_document_bytes,

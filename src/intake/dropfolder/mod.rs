@@ -9,15 +9,14 @@ mod listing;
 mod settle;
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tracing::{info, warn};
 
-use crate::config::DropConfig;
 use crate::failpoint;
 use crate::intake::files::FileJobs;
 use crate::job::wire::DocumentMessage;
-use crate::job::{Digest, DocumentUri, ErrorCode, JobId, JobMessage, MessageLimits};
+use crate::job::{Digest, DocumentUri, ErrorCode, JobId, JobMessage, MessageLimits, Priority, Task, TemplateId};
 use crate::objects::{ObjectClient, ObjectError};
 use crate::pipeline::shutdown::{Phase, Shutdown};
 use crate::store::{Door, Enqueued, NewJob, Rejection, Store, StoreError};
@@ -30,10 +29,31 @@ use settle::Settling;
 /// Jobs in one transaction at most.
 const BATCH: usize = 200;
 
+/// A place whose files become jobs.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DropProfile {
+    /// Prefix or folder.
+    pub at: DocumentUri,
+    /// What to do with them.
+    pub task: Task,
+    /// In words.
+    pub instruction: Option<String>,
+    /// Prompt template.
+    pub template: Option<TemplateId>,
+    /// Model.
+    pub model: Option<String>,
+    /// Urgency.
+    pub priority: Priority,
+    /// How long a file must not have changed before it is taken.
+    pub settle: Duration,
+    /// How often to look.
+    pub poll: Duration,
+}
+
 /// A watched place.
 pub struct DropFolder {
     /// Where, and what to do with what is there.
-    pub config: DropConfig,
+    pub profile: DropProfile,
     /// Clients of the configured stores.
     pub stores: Vec<ObjectClient>,
     /// Where jobs go.
@@ -64,29 +84,29 @@ impl DropFolder {
                 Ok(taken) => {
                     self.health.ready();
                     if taken > 0 {
-                        info!(drop.place = %self.config.at, drop.jobs = taken, "files taken in");
+                        info!(drop.place = %self.profile.at, drop.jobs = taken, "files taken in");
                     }
                 }
                 Err(error) => {
-                    warn!(drop.place = %self.config.at, error.message = %error, "the drop folder could not be looked at");
+                    warn!(drop.place = %self.profile.at, error.message = %error, "the drop folder could not be looked at");
                     self.health.degraded(&error.to_string());
                 }
             }
             tokio::select! {
                 () = shutdown.draining() => return,
-                () = tokio::time::sleep(self.config.poll) => {}
+                () = tokio::time::sleep(self.profile.poll) => {}
             }
         }
     }
 
     /// Looks at everything once. Returns how many jobs are new.
     async fn look(&self, settling: &mut Settling, shutdown: &Shutdown) -> Result<u64, LookError> {
-        let mut listing = Listing::open(&self.config.at, &self.stores)?;
+        let mut listing = Listing::open(&self.profile.at, &self.stores)?;
         let (mut taken, mut ready) = (0, Vec::new());
         settling.begin();
         while let Some(page) = listing.next().await? {
             let now = Instant::now();
-            ready.extend(page.into_iter().filter(|seen| settling.is_settled(seen, self.config.settle, now)));
+            ready.extend(page.into_iter().filter(|seen| settling.is_settled(seen, self.profile.settle, now)));
             while ready.len() >= BATCH {
                 taken += self.take_in(ready.split_off(ready.len() - BATCH), settling).await?;
             }
@@ -131,7 +151,7 @@ impl DropFolder {
             DocumentUri::S3 { .. } => self.object_job(seen),
         };
         let job = made.map_err(|error| error.to_string())?;
-        Ok(NewJob { door: Door::DropFolder, origin: self.config.at.to_string(), size_bytes: Some(seen.size), ..job })
+        Ok(NewJob { door: Door::DropFolder, origin: self.profile.at.to_string(), size_bytes: Some(seen.size), ..job })
     }
 
     fn object_job(&self, seen: &Seen) -> Result<NewJob, crate::job::MessageError> {
@@ -145,13 +165,13 @@ impl DropFolder {
     }
 
     fn template(&self) -> JobMessage {
-        let config = &self.config;
+        let profile = &self.profile;
         JobMessage {
-            instruction: config.instruction.clone(),
-            template: config.template.as_ref().map(ToString::to_string),
-            model: config.model.clone(),
-            priority: Some(config.priority.get()),
-            ..JobMessage::new(config.task, Vec::new())
+            instruction: profile.instruction.clone(),
+            template: profile.template.as_ref().map(ToString::to_string),
+            model: profile.model.clone(),
+            priority: Some(profile.priority.get()),
+            ..JobMessage::new(profile.task, Vec::new())
         }
     }
 
