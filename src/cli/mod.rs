@@ -5,7 +5,15 @@
 //!
 //! Invariant: only here is something parsed from arguments or printed; the exit codes are those of [`Status`] and [`CliError`].
 
+pub mod cancel;
+mod database;
+pub mod forward;
+pub mod heads;
+pub mod jobs;
+pub mod replay;
+pub mod report;
 pub mod run;
+pub mod show;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -31,6 +39,20 @@ pub struct Cli {
 pub enum Command {
     /// Process files and folders on this machine; needs no service.
     Run(run::Args),
+    /// List jobs.
+    Jobs(jobs::Args),
+    /// Show everything about a job.
+    Show(show::Args),
+    /// Cancel jobs, also running ones.
+    Cancel(cancel::Args),
+    /// Queue jobs again that failed.
+    Replay(replay::Args),
+    /// Print reports: backlog, throughput, latency, tokens, failures.
+    Report(report::Args),
+    /// Run token ids through a model and print logits, for comparison with other implementations.
+    Forward(forward::Args),
+    /// Convert published retaining heads.
+    Heads(heads::Args),
 }
 
 impl Command {
@@ -38,6 +60,13 @@ impl Command {
     pub fn execute(self) -> Result<Status, CliError> {
         match self {
             Self::Run(args) => args.execute(),
+            Self::Jobs(args) => args.execute(),
+            Self::Show(args) => args.execute(),
+            Self::Cancel(args) => args.execute(),
+            Self::Replay(args) => args.execute(),
+            Self::Report(args) => args.execute(),
+            Self::Forward(args) => args.execute(),
+            Self::Heads(args) => args.execute(),
         }
     }
 }

@@ -45,7 +45,7 @@ impl LocalComm {
 
     fn deposit(&self, call: &Call, rows: Vec<f32>, value: u64) -> Result<u64, CommError> {
         let round = self.started.fetch_add(1, Ordering::Relaxed);
-        self.rounds.deposit(round, self.rank, Deposit { call: call.clone(), rows: rows.into(), value })?;
+        self.rounds.deposit(round, self.rank, Deposit { call: call.clone(), rows: Arc::new(rows), value })?;
         Ok(round)
     }
 

@@ -3,6 +3,7 @@
 //! Invariant: everything is bounded: bytes read, nesting followed, time spent; a bad document gives an error, never a panic.
 
 pub mod encoding;
+pub mod fetch;
 pub mod html;
 pub mod media;
 mod text;

@@ -146,6 +146,7 @@ impl<D: Devices> Engine for ModelEngine<D> {
             return Err(EngineError::Input { reason: "the model has no tokenizer".to_owned() });
         };
         let options = &request.generation;
+        options.check().map_err(|reason| EngineError::Input { reason })?;
         let plan = self.plan(request.context.len(), request.query.len(), request.query_at, &request.attention)?;
         let constraint = match &options.schema {
             Some(schema) => Some(vocabulary.constraint(schema, self.spec.vocab).map_err(generation_error)?),

@@ -35,6 +35,19 @@ impl Default for GenerationOptions {
     }
 }
 
+impl GenerationOptions {
+    /// What is wrong with the options, in words.
+    pub fn check(&self) -> Result<(), String> {
+        if !(self.temperature.is_finite() && self.temperature >= 0.0) {
+            return Err(format!("the temperature is {}; it has to be 0 or more", self.temperature));
+        }
+        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
+            return Err(format!("top_p is {}; it has to be more than 0 and at most 1", self.top_p));
+        }
+        Ok(())
+    }
+}
+
 /// Why generation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -47,4 +60,22 @@ pub enum StopReason {
     GrammarComplete,
     /// `max_new_tokens` were generated: the output is cut short.
     Length,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_that_mean_nothing_are_named() {
+        let with =
+            |temperature, top_p| GenerationOptions { temperature, top_p, ..GenerationOptions::default() }.check();
+        assert_eq!(with(0.0, 1.0), Ok(()));
+        assert_eq!(with(0.7, 0.9), Ok(()));
+        for (temperature, top_p, named) in
+            [(-1.0, 1.0, "temperature"), (f32::NAN, 1.0, "temperature"), (1.0, 0.0, "top_p"), (1.0, 1.5, "top_p")]
+        {
+            assert!(with(temperature, top_p).is_err_and(|reason| reason.contains(named)));
+        }
+    }
 }

@@ -51,6 +51,20 @@ impl Default for MessageLimits {
     }
 }
 
+impl MessageLimits {
+    /// No bounds: for a message that was checked when it came, perhaps under other limits.
+    pub fn unbounded() -> Self {
+        Self {
+            bytes: usize::MAX,
+            depth: usize::MAX,
+            documents: usize::MAX,
+            instruction_chars: usize::MAX,
+            labels: usize::MAX,
+            max_new_tokens: u32::MAX,
+        }
+    }
+}
+
 /// A job as producers write it; every key that is not here is refused.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -11,6 +11,7 @@ mod tensors;
 #[cfg(test)]
 mod tests;
 pub mod tokenizer;
+pub mod torch;
 pub mod weights;
 
 pub use error::ModelError;

@@ -9,7 +9,9 @@
 //! nothing or (connection lost in commit) can be repeated as it is.
 
 pub mod error;
+mod event;
 pub mod records;
+mod sqlite;
 pub mod url;
 
 use std::sync::Arc;
@@ -36,8 +38,12 @@ pub enum Access {
 
 /// Opens the store at `url`. `retry` decides when jobs whose worker died are given up.
 pub async fn open(url: &StoreUrl, access: Access, retry: RetryPolicy) -> Result<Arc<dyn Store>, StoreError> {
-    let _ = (access, retry);
-    Err(StoreError::Url { url: url.to_string(), reason: "this build has no driver for it".to_owned() })
+    match url {
+        StoreUrl::Sqlite(path) => Ok(Arc::new(sqlite::SqliteStore::open(path, access, retry).await?)),
+        StoreUrl::Postgres(_) => {
+            Err(StoreError::Url { url: url.to_string(), reason: "this build has no driver for it".to_owned() })
+        }
+    }
 }
 
 /// The durable state of all jobs. Methods are not cancel-safe: run them to their end.

@@ -12,10 +12,17 @@ use tracing_subscriber::EnvFilter;
 #[derive(Debug, Clone, clap::Args)]
 pub struct LogOptions {
     /// What is logged: a level, or `target=level,…`.
-    #[arg(long = "log", env = "APBD_LOG", default_value = "warn", value_name = "FILTER", global = true)]
+    #[arg(
+        id = "log_filter",
+        long = "log",
+        env = "APBD_LOG",
+        default_value = "warn",
+        value_name = "FILTER",
+        global = true
+    )]
     pub filter: String,
     /// Form of the log; by default for people on a terminal, JSON otherwise.
-    #[arg(long = "log-format", env = "APBD_LOG_FORMAT", value_name = "FORM", global = true)]
+    #[arg(id = "log_format", long = "log-format", env = "APBD_LOG_FORMAT", value_name = "FORM", global = true)]
     pub format: Option<LogFormat>,
 }
 

@@ -10,13 +10,13 @@ use super::view::{Tile, View, ViewMut, multiply_transposed};
 use super::weight::Weight;
 use crate::backend::BackendError;
 
-/// Up to this many rows a product is bound by reading the weights, and done without packing them.
-const FEW_ROWS: usize = 6;
+/// Up to this many rows packing the weights would cost more than it brings.
+const FEW_ROWS: usize = 128;
 /// Rows of a tile: enough of them to make packing the weights cheap.
 pub(super) const TILE_ROWS: usize = 256;
 /// Output features of a tile.
 const TILE_COLS: usize = 1024;
-/// Weights worth waking a thread for.
+/// Weights worth waking a thread for, where one row makes reading them all the work.
 const FEW_ROWS_GRAIN: usize = 1 << 16;
 
 /// See [`crate::backend::Backend::linear`].
@@ -62,7 +62,7 @@ pub(super) fn product(
     out: ViewMut<'_>,
 ) {
     let tile_cols = match x.rows {
-        0..=FEW_ROWS => FEW_ROWS_GRAIN.div_ceil(w.cols.max(1)),
+        0..=FEW_ROWS => (FEW_ROWS_GRAIN / x.rows.clamp(1, 4)).div_ceil(w.cols.max(1)).next_multiple_of(4),
         _ => TILE_COLS,
     };
     let tiles = out.tiles(TILE_ROWS, tile_cols);

@@ -47,6 +47,14 @@ fn check(op: &'static str, holds: bool, detail: impl FnOnce() -> (String, String
     Err(BackendError::Shape { op, expected, got })
 }
 
+/// Heads that exist and share KV heads evenly.
+fn check_shape(op: &'static str, shape: HeadShape) -> Result<(), BackendError> {
+    let HeadShape { heads, kv_heads, head_dim } = shape;
+    check(op, kv_heads > 0 && head_dim > 0 && heads > 0 && heads.is_multiple_of(kv_heads), || {
+        ("heads a multiple of KV heads, neither empty".to_owned(), format!("{shape:?}"))
+    })
+}
+
 impl Backend for Cpu {
     type Matrix = Matrix;
     type Scores = Scores;

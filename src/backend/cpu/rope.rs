@@ -6,11 +6,11 @@
 
 use std::ops::Range;
 
-use super::check;
 use super::linear::check_rows;
 use super::matrix::Matrix;
 use super::threads::Threads;
 use super::view::ViewMut;
+use super::{check, check_shape};
 use crate::backend::{BackendError, HeadShape, KvMut};
 
 /// Rows worth waking a thread for.
@@ -36,6 +36,7 @@ pub(super) fn rope_store(
     kv: KvMut<'_, Matrix>,
 ) -> Result<(), BackendError> {
     let (op, count) = ("rope_store", rows.len());
+    check_shape(op, shape)?;
     check_rows(op, "qkv", rows.end, shape.qkv_width(), qkv)?;
     check_rows(op, "k", kv.first_row + count, shape.kv_width(), kv.k)?;
     check_rows(op, "v", kv.first_row + count, shape.kv_width(), kv.v)?;

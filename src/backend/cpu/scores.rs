@@ -4,13 +4,13 @@
 
 use std::ops::Range;
 
-use super::check;
 use super::linear::{TILE_ROWS, check_rows, product, product_alone};
 use super::matrix::{Matrix, Scores};
 use super::threads::Threads;
 use super::vector::{blend, scale, silu_in_place};
 use super::view::{Tile, View, ViewMut};
 use super::weight::Weight;
+use super::{check, check_shape};
 use crate::backend::{BackendError, HeadShape};
 
 /// See [`crate::backend::Backend::retaining_scores`].
@@ -52,6 +52,7 @@ pub(super) fn query_aware_scores(
     out: &mut Scores,
 ) -> Result<(), BackendError> {
     let op = "query_aware_scores";
+    check_shape(op, shape)?;
     check_rows(op, "q_qkv", queries.end, q_qkv.cols(), q_qkv)?;
     check(op, q_qkv.cols() >= shape.q_width() && !queries.is_empty(), || {
         (format!("queries of at least {} columns", shape.q_width()), format!("rows {queries:?} of {}", q_qkv.cols()))

@@ -4,10 +4,10 @@
 
 use std::ops::Range;
 
-use super::check;
 use super::linear::check_rows;
 use super::matrix::{Matrix, Rows, Scores};
 use super::threads::Threads;
+use super::{check, check_shape};
 use crate::backend::{BackendError, HeadShape, KvMut, KvRef};
 
 /// Columns to either side that a pooled score is the maximum of.
@@ -72,6 +72,7 @@ pub(super) fn gather_kv(
     dst: KvMut<'_, Matrix>,
 ) -> Result<(), BackendError> {
     let (op, heads) = ("gather_kv", chosen.chosen());
+    check_shape(op, shape)?;
     check(op, heads.len() == shape.kv_heads, || {
         (format!("rows for {} heads", shape.kv_heads), format!("{}", heads.len()))
     })?;

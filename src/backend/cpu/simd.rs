@@ -6,45 +6,56 @@ use pulp::Simd;
 
 /// 1.5 * 2^23: adding it to a small f32 rounds that to a whole number, found in the low bits of the sum.
 const ROUND: f32 = 12_582_912.0;
-/// Below this an f32 power of two is subnormal, and taken as 0.
-const LOWEST: f32 = -126.0;
+/// From here down an f32 power of two is subnormal, and taken as 0: the exponent's bits are all 0.
+const LOWEST: f32 = -127.0;
 /// 2^f for f in -0.5..=0.5 as a polynomial: minimax in the relative error, 2e-9 before rounding.
 const EXP2: [f32; 7] =
     [1.0, std::f32::consts::LN_2, 0.240_226_46, 0.055_503_286, 0.009_618_489, 0.001_339_993_1, 0.000_153_458_12];
 /// log2(e), and what an f32 cannot hold of it.
 const LOG2_E: [f32; 2] = [std::f32::consts::LOG2_E, 1.925_963e-8];
 
-/// `2^(whole + f)` where `rounded = whole + ROUND + 127`.
+/// `2^(whole + f)` where `rounded = whole + ROUND + 127`; 0 where `whole` is -127.
 #[inline(always)]
 fn power<S: Simd>(simd: S, f: S::f32s, rounded: S::f32s) -> S::f32s {
-    let mut p = simd.splat_f32s(EXP2[6]);
-    for i in (0..6).rev() {
-        p = simd.mul_add_f32s(p, f, simd.splat_f32s(EXP2[i]));
-    }
+    // Written out: a loop over the coefficients would stay one where the compiler optimises little.
+    let p = simd.mul_add_f32s(simd.splat_f32s(EXP2[6]), f, simd.splat_f32s(EXP2[5]));
+    let p = simd.mul_add_f32s(p, f, simd.splat_f32s(EXP2[4]));
+    let p = simd.mul_add_f32s(p, f, simd.splat_f32s(EXP2[3]));
+    let p = simd.mul_add_f32s(p, f, simd.splat_f32s(EXP2[2]));
+    let p = simd.mul_add_f32s(p, f, simd.splat_f32s(EXP2[1]));
+    let p = simd.mul_add_f32s(p, f, simd.splat_f32s(EXP2[0]));
     let exponent = simd.wrapping_dyn_shl_u32s(simd.transmute_u32s_f32s(rounded), simd.splat_u32s(23));
     simd.mul_f32s(p, simd.transmute_f32s_u32s(exponent))
 }
 
-/// `2^x` for x up to 127; 0 below -126.
+/// `2^x` for x up to 127; 0 below -126.5.
 #[inline(always)]
 pub(super) fn exp2<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     let round = simd.splat_f32s(ROUND + 127.0);
+    let x = at_least(simd, LOWEST, x);
     let rounded = simd.add_f32s(x, round);
     let f = simd.sub_f32s(x, simd.sub_f32s(rounded, round));
-    let underflows = simd.less_than_f32s(x, simd.splat_f32s(LOWEST));
-    simd.select_f32s(underflows, simd.splat_f32s(0.0), power(simd, f, rounded))
+    power(simd, f, rounded)
 }
 
-/// `e^x` for x up to 88; 0 below -87.3.
+/// `e^x` for x up to 88; 0 below -87.7.
 #[inline(always)]
 pub(super) fn exp<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     let round = simd.splat_f32s(ROUND + 127.0);
+    let x = at_least(simd, LOWEST * std::f32::consts::LN_2, x);
     let rounded = simd.mul_add_f32s(x, simd.splat_f32s(LOG2_E[0]), round);
     let whole = simd.sub_f32s(rounded, round);
     let f = simd.mul_add_f32s(x, simd.splat_f32s(LOG2_E[0]), simd.neg_f32s(whole));
     let f = simd.mul_add_f32s(x, simd.splat_f32s(LOG2_E[1]), f);
-    let underflows = simd.less_than_f32s(x, simd.splat_f32s(LOWEST * std::f32::consts::LN_2));
-    simd.select_f32s(underflows, simd.splat_f32s(0.0), power(simd, f, rounded))
+    power(simd, f, rounded)
+}
+
+/// The larger of `x` and `least`; NaN where `x` is NaN.
+#[inline(always)]
+fn at_least<S: Simd>(simd: S, least: f32, x: S::f32s) -> S::f32s {
+    // A maximum takes its second operand where one is NaN, on every instruction set but the scalar one, which drops it.
+    let larger = simd.max_f32s(simd.splat_f32s(least), x);
+    if S::F32_LANES > 1 { larger } else { simd.select_f32s(simd.equal_f32s(x, x), larger, x) }
 }
 
 /// `x / (1 + e^-x)`.
@@ -55,24 +66,65 @@ pub(super) fn silu<S: Simd>(simd: S, x: S::f32s) -> S::f32s {
     simd.div_f32s(x, simd.add_f32s(simd.splat_f32s(1.0), exp(simd, exponent)))
 }
 
-/// The sums of products of `x` with each of `rows`, all of its length.
+/// The sums of products of each of `xs` with each of `ys`, all of one length: `[x][y]`.
+///
+/// Loops, not `array::map`: a closure handed to a function that is not inlined is compiled without the instruction set.
 #[inline(always)]
-pub(super) fn dots<S: Simd, const N: usize>(simd: S, x: &[f32], rows: [&[f32]; N]) -> [f32; N] {
-    let (heads, tail) = S::as_simd_f32s(x);
-    let mut sums = [simd.splat_f32s(0.0); N];
-    let split = rows.map(|row| S::as_simd_f32s(&row[..x.len()]));
-    for (i, &x) in heads.iter().enumerate() {
-        for n in 0..N {
-            sums[n] = simd.mul_add_f32s(x, split[n].0[i], sums[n]);
+pub(super) fn dots<S: Simd, const X: usize, const Y: usize>(
+    simd: S,
+    xs: [&[f32]; X],
+    ys: [&[f32]; Y],
+) -> [[f32; Y]; X] {
+    let length = xs[0].len();
+    let (mut x_heads, mut x_tails) = ([&[] as &[S::f32s]; X], [&[] as &[f32]; X]);
+    let (mut y_heads, mut y_tails) = ([&[] as &[S::f32s]; Y], [&[] as &[f32]; Y]);
+    for x in 0..X {
+        (x_heads[x], x_tails[x]) = S::as_simd_f32s(&xs[x][..length]);
+    }
+    for y in 0..Y {
+        (y_heads[y], y_tails[y]) = S::as_simd_f32s(&ys[y][..length]);
+    }
+    let zero = simd.splat_f32s(0.0);
+    let (mut x_now, mut y_now, mut sums) = ([zero; X], [zero; Y], [[zero; Y]; X]);
+    for i in 0..length / S::F32_LANES {
+        for x in 0..X {
+            x_now[x] = x_heads[x][i];
+        }
+        for y in 0..Y {
+            y_now[y] = y_heads[y][i];
+        }
+        add_products(simd, &x_now, &y_now, &mut sums);
+    }
+    if !x_tails[0].is_empty() {
+        for x in 0..X {
+            x_now[x] = simd.partial_load_f32s(x_tails[x]);
+        }
+        for y in 0..Y {
+            y_now[y] = simd.partial_load_f32s(y_tails[y]);
+        }
+        add_products(simd, &x_now, &y_now, &mut sums);
+    }
+    let mut totals = [[0.0; Y]; X];
+    for x in 0..X {
+        for y in 0..Y {
+            totals[x][y] = simd.reduce_sum_f32s(sums[x][y]);
         }
     }
-    if !tail.is_empty() {
-        let x = simd.partial_load_f32s(tail);
-        for n in 0..N {
-            sums[n] = simd.mul_add_f32s(x, simd.partial_load_f32s(split[n].1), sums[n]);
+    totals
+}
+
+#[inline(always)]
+fn add_products<S: Simd, const X: usize, const Y: usize>(
+    simd: S,
+    xs: &[S::f32s; X],
+    ys: &[S::f32s; Y],
+    sums: &mut [[S::f32s; Y]; X],
+) {
+    for x in 0..X {
+        for y in 0..Y {
+            sums[x][y] = simd.mul_add_f32s(xs[x], ys[y], sums[x][y]);
         }
     }
-    sums.map(|sum| simd.reduce_sum_f32s(sum))
 }
 
 #[cfg(test)]
@@ -80,7 +132,7 @@ mod tests {
     use pulp::{Simd, WithSimd};
 
     use super::{exp, exp2, silu};
-    use crate::backend::cpu::vector::on_every_instruction_set;
+    use crate::backend::cpu::vector::instruction_sets;
 
     #[derive(Clone, Copy)]
     enum Function {
@@ -106,6 +158,10 @@ mod tests {
             }
             out
         }
+    }
+
+    fn on_every_instruction_set(function: Each) -> Vec<Vec<f32>> {
+        instruction_sets().into_iter().map(|set| set.dispatch(function.clone())).collect()
     }
 
     fn worst(function: Function, from: f32, to: f32, reference: impl Fn(f64) -> f64) -> f64 {

@@ -2,6 +2,9 @@
 //!
 //! Invariant: rows of any length; lanes beyond the end of a row never reach a result.
 
+// Closures handed to functions that are not inlined are compiled without the instruction set: hence loops over indices.
+#![allow(clippy::needless_range_loop)]
+
 use std::sync::LazyLock;
 
 use pulp::{Arch, Simd, WithSimd};
@@ -11,9 +14,21 @@ use super::view::{View, ViewMut};
 
 /// Runs an operation with the best instruction set, which is looked for once.
 pub(super) fn dispatch<Op: WithSimd>(op: Op) -> Op::Output {
-    static BEST: LazyLock<Arch> = LazyLock::new(Arch::new);
-    BEST.dispatch(op)
+    instruction_set().dispatch(op)
 }
+
+fn instruction_set() -> Arch {
+    static BEST: LazyLock<Arch> = LazyLock::new(Arch::new);
+    #[cfg(test)]
+    if let Some(forced) = FORCED.get() {
+        return forced;
+    }
+    *BEST
+}
+
+// What this thread has to use instead of the best, so that tests go through every path of the machine.
+#[cfg(test)]
+thread_local!(pub(super) static FORCED: std::cell::Cell<Option<Arch>> = const { std::cell::Cell::new(None) });
 
 /// `out = silu(gate) * up`.
 pub(super) fn silu_times(gate: &[f32], up: &[f32], out: &mut [f32]) {
@@ -159,7 +174,7 @@ impl WithSimd for Dot<'_> {
     type Output = f32;
     #[inline(always)]
     fn with_simd<S: Simd>(self, simd: S) -> f32 {
-        dots(simd, self.x, [self.y])[0]
+        dots(simd, [self.x], [self.y])[0][0]
     }
 }
 
@@ -171,14 +186,37 @@ struct FewRowsTransposed<'a, 'b> {
 }
 
 impl FewRowsTransposed<'_, '_> {
+    /// All rows of `x` against `N` of `w`.
     #[inline(always)]
     fn columns<S: Simd, const N: usize>(&mut self, simd: S, col: usize) {
-        let rows: [&[f32]; N] = std::array::from_fn(|n| self.w.row(col + n));
-        for r in 0..self.x.rows {
-            let sums = dots(simd, self.x.row(r), rows);
-            let out = &mut self.out.row_mut(r)[col..col + N];
+        // As many sums at a time as the registers hold.
+        let wide = if S::F32_LANES >= 16 { self.x.rows / 4 * 4 } else { 0 };
+        for row in (0..wide).step_by(4) {
+            self.block::<S, 4, N>(simd, row, col);
+        }
+        let pairs = wide + (self.x.rows - wide) / 2 * 2;
+        for row in (wide..pairs).step_by(2) {
+            self.block::<S, 2, N>(simd, row, col);
+        }
+        if pairs < self.x.rows {
+            self.block::<S, 1, N>(simd, pairs, col);
+        }
+    }
+
+    #[inline(always)]
+    fn block<S: Simd, const M: usize, const N: usize>(&mut self, simd: S, row: usize, col: usize) {
+        let (mut xs, mut ws) = ([&[] as &[f32]; M], [&[] as &[f32]; N]);
+        for m in 0..M {
+            xs[m] = self.x.row(row + m);
+        }
+        for n in 0..N {
+            ws[n] = self.w.row(col + n);
+        }
+        let sums = dots(simd, xs, ws);
+        for m in 0..M {
+            let out = &mut self.out.row_mut(row + m)[col..col + N];
             for n in 0..N {
-                out[n] = if self.accumulate { out[n] + sums[n] } else { sums[n] };
+                out[n] = if self.accumulate { out[n] + sums[m][n] } else { sums[m][n] };
             }
         }
     }
@@ -208,20 +246,26 @@ impl FewRowsAdd<'_, '_> {
     /// Adds rows `first..first + N` of `v`, weighted.
     #[inline(always)]
     fn rows<S: Simd, const N: usize>(&mut self, simd: S, first: usize) {
-        let rows: [_; N] = std::array::from_fn(|n| S::as_simd_f32s(self.v.row(first + n)));
+        let (mut heads, mut tails) = ([&[] as &[S::f32s]; N], [&[] as &[f32]; N]);
+        for n in 0..N {
+            (heads[n], tails[n]) = S::as_simd_f32s(self.v.row(first + n));
+        }
         for r in 0..self.p.rows {
             let p = &self.p.row(r)[first..first + N];
-            let p: [S::f32s; N] = std::array::from_fn(|n| simd.splat_f32s(p[n]));
-            let (heads, tail) = S::as_mut_simd_f32s(self.out.row_mut(r));
-            for (i, out) in heads.iter_mut().enumerate() {
+            let mut weights = [simd.splat_f32s(0.0); N];
+            for n in 0..N {
+                weights[n] = simd.splat_f32s(p[n]);
+            }
+            let (out, tail) = S::as_mut_simd_f32s(self.out.row_mut(r));
+            for (i, out) in out.iter_mut().enumerate() {
                 for n in 0..N {
-                    *out = simd.mul_add_f32s(p[n], rows[n].0[i], *out);
+                    *out = simd.mul_add_f32s(weights[n], heads[n][i], *out);
                 }
             }
             if !tail.is_empty() {
                 let mut last = simd.partial_load_f32s(tail);
                 for n in 0..N {
-                    last = simd.mul_add_f32s(p[n], simd.partial_load_f32s(rows[n].1), last);
+                    last = simd.mul_add_f32s(weights[n], simd.partial_load_f32s(tails[n]), last);
                 }
                 simd.partial_store_f32s(tail, last);
             }
@@ -243,16 +287,16 @@ impl WithSimd for FewRowsAdd<'_, '_> {
     }
 }
 
-/// What an operation gives with every instruction set that this machine has.
+/// Every instruction set that this machine has, the plainest first.
 #[cfg(test)]
-pub(super) fn on_every_instruction_set<Op: WithSimd + Clone>(op: Op) -> Vec<Op::Output> {
-    let mut outputs = vec![Simd::vectorize(pulp::Scalar, op.clone())];
+pub(super) fn instruction_sets() -> Vec<Arch> {
+    let mut sets = vec![Arch::Scalar];
     #[cfg(target_arch = "x86_64")]
     {
-        outputs.extend(pulp::x86::V3::try_new().map(|simd| Simd::vectorize(simd, op.clone())));
-        outputs.extend(pulp::x86::V4::try_new().map(|simd| Simd::vectorize(simd, op.clone())));
+        sets.extend(pulp::x86::V3::try_new().map(Arch::V3));
+        sets.extend(pulp::x86::V4::try_new().map(Arch::V4));
     }
     #[cfg(target_arch = "aarch64")]
-    outputs.extend(pulp::aarch64::Neon::try_new().map(|simd| Simd::vectorize(simd, op.clone())));
-    outputs
+    sets.extend(pulp::aarch64::Neon::try_new().map(Arch::Neon));
+    sets
 }

@@ -26,7 +26,7 @@ pub(super) enum Call {
 #[derive(Debug, Clone)]
 pub(super) struct Deposit {
     pub call: Call,
-    pub rows: Arc<[f32]>,
+    pub rows: Arc<Vec<f32>>,
     pub value: u64,
 }
 

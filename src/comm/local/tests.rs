@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::LocalComm;
 use crate::backend::cpu::{Matrix, Scores};
 use crate::comm::conformance::{self, Ranks};
+use crate::comm::{Comm, CommError};
 
 struct Threads;
 
@@ -31,3 +32,22 @@ impl Ranks for Threads {
 }
 
 conformance::suite!(Threads);
+
+#[test]
+fn every_rank_of_a_round_that_disagrees_is_told_what_the_other_came_with() {
+    let mut ends = LocalComm::group(3, conformance::PATIENT).into_iter();
+    let outcomes: Vec<_> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..3)
+            .zip(&mut ends)
+            .map(|(rank, comm)| {
+                scope.spawn(move || if rank == 1 { comm.barrier() } else { comm.broadcast(0, 7).map(drop) })
+            })
+            .collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    for (rank, outcome) in outcomes.into_iter().enumerate() {
+        let Err(CommError::Mismatch { expected, got, .. }) = outcome else { panic!("rank {rank}: {outcome:?}") };
+        let (own, other) = if rank == 1 { ("barrier", "broadcast from 0") } else { ("broadcast from 0", "barrier") };
+        assert_eq!((expected.as_str(), got.as_str()), (own, other), "rank {rank}");
+    }
+}

@@ -4,6 +4,7 @@
 
 use std::ops::Range;
 
+use crate::backend::cpu::check_shape;
 use crate::backend::cpu::linear::check_rows;
 use crate::backend::cpu::matrix::{Matrix, Scores};
 use crate::backend::cpu::threads::Threads;
@@ -24,6 +25,7 @@ pub(in crate::backend::cpu) fn merge(
     part: (&Matrix, &Scores, usize),
 ) -> Result<(), BackendError> {
     let (part, part_lse, part_first) = part;
+    check_shape("merge", shape)?;
     check_rows("merge", "out", rows.end, shape.q_width(), out)?;
     check_rows("merge", "lse", rows.end, shape.heads, lse)?;
     check_rows("merge", "part", part_first + rows.len(), shape.q_width(), part)?;

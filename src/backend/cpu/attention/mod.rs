@@ -13,11 +13,11 @@ mod tile;
 
 pub(super) use merge::merge;
 
-use super::check;
 use super::linear::check_rows;
 use super::matrix::{Matrix, Scores};
 use super::threads::Threads;
 use super::view::ViewMut;
+use super::{check, check_shape};
 use crate::backend::{AttentionTask, BackendError, HeadShape, KvRef, Mask};
 use keys::{KeyBlock, key_blocks};
 use tile::{Partial, Tile};
@@ -146,7 +146,7 @@ fn query_blocks<'a>(
     tasks.sort_by_key(|task| task.queries.start);
     let queries = (TILE_ROWS / shape.group()).max(1);
     let (mut blocks, mut row) = (Vec::new(), 0);
-    let rows = out.rows();
+    let rows = last_row(tasks.iter().copied());
     let mut rest = (ViewMut::of(out, rows), lse.map(|lse| ViewMut::of(lse, rows)));
     for task in tasks {
         check("attention", task.queries.start >= row, || {
@@ -164,6 +164,11 @@ fn query_blocks<'a>(
     Ok(blocks)
 }
 
+/// Where the queries of the last task end.
+fn last_row<'a>(tasks: impl IntoIterator<Item = &'a AttentionTask>) -> usize {
+    tasks.into_iter().map(|task| task.queries.end).max().unwrap_or(0)
+}
+
 type Results<'a> = (ViewMut<'a>, Option<ViewMut<'a>>);
 
 fn split<'a>((out, lse): Results<'a>, row: usize) -> (Results<'a>, Results<'a>) {
@@ -179,18 +184,15 @@ fn check_inputs(
     lse: Option<&Scores>,
 ) -> Result<(), BackendError> {
     let (op, shape) = ("attention", inputs.shape);
-    check(op, shape.kv_heads > 0 && shape.heads.is_multiple_of(shape.kv_heads), || {
-        ("query heads a multiple of KV heads".to_owned(), format!("{} and {}", shape.heads, shape.kv_heads))
-    })?;
-    let rows = tasks.iter().map(|task| task.queries.end).max().unwrap_or(0);
+    check_shape(op, shape)?;
+    let rows = last_row(tasks);
     check_rows(op, "out", rows, shape.q_width(), out)?;
     check(op, inputs.q.rows() >= rows && inputs.q.cols() >= shape.q_width(), || {
         let got = format!("[{}, {}]", inputs.q.rows(), inputs.q.cols());
         (format!("q of at least {rows} rows, {} columns", shape.q_width()), got)
     })?;
     if let Some(lse) = lse {
-        // Split together with the output, row by row.
-        check_rows(op, "lse", out.rows(), shape.heads, lse)?;
+        check_rows(op, "lse", rows, shape.heads, lse)?;
     }
     for segment in tasks.iter().flat_map(|task| &task.segments) {
         let source = inputs.sources.get(segment.source);

@@ -86,17 +86,19 @@ impl WithSimd for SoftmaxBlock<'_> {
 fn row_maximum<S: Simd>(simd: S, scores: &[f32]) -> f32 {
     let (heads, tail) = S::as_simd_f32s(scores);
     let (fours, rest) = as_arrays::<4, _>(heads);
-    let mut most = [simd.splat_f32s(f32::NEG_INFINITY); 4];
-    for four in fours {
-        for i in 0..4 {
-            most[i] = simd.max_f32s(most[i], four[i]);
-        }
+    let lowest = simd.splat_f32s(f32::NEG_INFINITY);
+    let (mut a, mut b, mut c, mut d) = (lowest, lowest, lowest, lowest);
+    for &[x, y, z, w] in fours {
+        a = simd.max_f32s(a, x);
+        b = simd.max_f32s(b, y);
+        c = simd.max_f32s(c, z);
+        d = simd.max_f32s(d, w);
     }
     for &x in rest {
-        most[0] = simd.max_f32s(most[0], x);
+        a = simd.max_f32s(a, x);
     }
-    let pairs = simd.max_f32s(simd.max_f32s(most[0], most[1]), simd.max_f32s(most[2], most[3]));
-    tail.iter().copied().fold(simd.reduce_max_f32s(pairs), f32::max)
+    let most = simd.reduce_max_f32s(simd.max_f32s(simd.max_f32s(a, b), simd.max_f32s(c, d)));
+    tail.iter().copied().fold(most, f32::max)
 }
 
 /// Replaces scores by `2^(score - base)` and returns their sum.
@@ -104,20 +106,23 @@ fn row_maximum<S: Simd>(simd: S, scores: &[f32]) -> f32 {
 fn exponentials<S: Simd>(simd: S, scores: &mut [f32], base: f32) -> f32 {
     let (heads, tail) = S::as_mut_simd_f32s(scores);
     let (fours, rest) = as_arrays_mut::<4, _>(heads);
-    let base = simd.splat_f32s(base);
-    let mut sums = [simd.splat_f32s(0.0); 4];
-    for four in fours {
-        for i in 0..4 {
-            four[i] = exp2(simd, simd.sub_f32s(four[i], base));
-            sums[i] = simd.add_f32s(sums[i], four[i]);
-        }
+    let (base, zero) = (simd.splat_f32s(base), simd.splat_f32s(0.0));
+    let (mut a, mut b, mut c, mut d) = (zero, zero, zero, zero);
+    for [x, y, z, w] in fours {
+        *x = exp2(simd, simd.sub_f32s(*x, base));
+        *y = exp2(simd, simd.sub_f32s(*y, base));
+        *z = exp2(simd, simd.sub_f32s(*z, base));
+        *w = exp2(simd, simd.sub_f32s(*w, base));
+        a = simd.add_f32s(a, *x);
+        b = simd.add_f32s(b, *y);
+        c = simd.add_f32s(c, *z);
+        d = simd.add_f32s(d, *w);
     }
     for x in rest {
         *x = exp2(simd, simd.sub_f32s(*x, base));
-        sums[0] = simd.add_f32s(sums[0], *x);
+        a = simd.add_f32s(a, *x);
     }
-    let pairs = simd.add_f32s(simd.add_f32s(sums[0], sums[1]), simd.add_f32s(sums[2], sums[3]));
-    let mut sum = simd.reduce_sum_f32s(pairs);
+    let mut sum = simd.reduce_sum_f32s(simd.add_f32s(simd.add_f32s(a, b), simd.add_f32s(c, d)));
     if !tail.is_empty() {
         let last = exp2(simd, simd.sub_f32s(simd.partial_load_f32s(tail), base));
         simd.partial_store_f32s(tail, last);

@@ -1,0 +1,179 @@
+//! How a run goes, on stderr: bars on a terminal, a line a document otherwise.
+//!
+//! Invariant: called from the pipeline's threads; does nothing that can block for long.
+
+use std::collections::HashMap;
+use std::io::IsTerminal;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::engine::Progress;
+use crate::job::{JobId, Stage};
+use crate::pipeline::events::{Event, EventSink};
+use crate::store::{AttemptReport, Ending, NewJob};
+use crate::telemetry::console;
+
+/// Steps of the bar of one document.
+const STEPS: u64 = 1000;
+/// Between two pictures of a bar.
+const TICK: Duration = Duration::from_millis(200);
+
+struct Document {
+    number: usize,
+    name: String,
+    bytes: u64,
+    tokens: usize,
+    stage_since: Instant,
+}
+
+struct State {
+    documents: HashMap<JobId, Document>,
+    /// The document the engine is at.
+    shown: Option<JobId>,
+}
+
+/// Bars or lines.
+pub(super) struct RunProgress {
+    count: usize,
+    state: Mutex<State>,
+    bars: Option<Bars>,
+}
+
+struct Bars {
+    /// All documents, by their bytes: what the time left is computed from.
+    all: ProgressBar,
+    /// The one the engine is at.
+    one: ProgressBar,
+}
+
+impl RunProgress {
+    /// For these jobs, of which some were done in an earlier run.
+    pub fn new(jobs: &[NewJob], done: &[JobId]) -> Self {
+        let document = |(i, new): (usize, &NewJob)| {
+            let name = new.origin.rsplit('/').next().unwrap_or(&new.origin).to_owned();
+            let bytes = new.size_bytes.unwrap_or(0).max(1);
+            (new.job.id, Document { number: i + 1, name, bytes, tokens: 0, stage_since: Instant::now() })
+        };
+        let documents: HashMap<JobId, Document> = jobs.iter().enumerate().map(document).collect();
+        let total = documents.values().map(|document| document.bytes).sum();
+        let done_bytes = done.iter().filter_map(|id| documents.get(id)).map(|document| document.bytes).sum();
+        if !done.is_empty() {
+            console::line(&format!("{} of {} documents were done in an earlier run", done.len(), jobs.len()));
+        }
+        let bars = std::io::stderr().is_terminal().then(|| Bars::new(total, done_bytes));
+        Self { count: jobs.len(), state: Mutex::new(State { documents, shown: None }), bars }
+    }
+
+    /// Takes the bars away.
+    pub fn finish(&self) {
+        if let Some(bars) = &self.bars {
+            bars.one.finish_and_clear();
+            bars.all.finish_and_clear();
+        }
+    }
+
+    fn progressed(&self, job: JobId, progress: Progress) {
+        let Some(bars) = &self.bars else { return };
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let first = state.shown.replace(job) != Some(job);
+        let Some(document) = state.documents.get_mut(&job) else { return };
+        if first {
+            document.stage_since = Instant::now();
+        }
+        let elapsed = document.stage_since.elapsed().as_secs_f64();
+        let message = match progress {
+            Progress::Prefill { layers_done, layers } => {
+                let share = layers_done as f64 / layers.max(1) as f64;
+                bars.one.set_position((share * STEPS as f64) as u64);
+                let rate = if elapsed > 0.0 { document.tokens as f64 * share / elapsed } else { 0.0 };
+                let left = if share > 0.0 { elapsed / share * (1.0 - share) } else { 0.0 };
+                if layers_done == layers {
+                    document.stage_since = Instant::now();
+                }
+                format!("prefill {} tokens, {rate:.0} tokens/s, {left:.0} s left", document.tokens)
+            }
+            Progress::Generate { tokens, at_most } => {
+                bars.one.set_position(STEPS * tokens as u64 / at_most.max(1) as u64);
+                let rate = if elapsed > 0.0 { tokens as f64 / elapsed } else { 0.0 };
+                format!("generate {tokens} tokens, {rate:.0} tokens/s, at most {at_most}")
+            }
+        };
+        bars.one.set_message(format!("{}: {message}", document.name));
+    }
+
+    fn ended(&self, job: JobId, report: &AttemptReport) {
+        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(document) = state.documents.get(&job) else { return };
+        if let Some(bars) = &self.bars
+            && report.ending.state().is_final()
+        {
+            bars.all.inc(document.bytes);
+        }
+        console::line(&format!(
+            "[{}/{}] {}: {}",
+            document.number,
+            self.count,
+            document.name,
+            said(report, document.tokens)
+        ));
+    }
+}
+
+/// What came of an attempt, in a line.
+fn said(report: &AttemptReport, tokens: usize) -> String {
+    match &report.ending {
+        Ending::Succeeded(result) => {
+            let seconds = |stage: Stage| report.stages.get(stage).unwrap_or_default().as_secs_f64();
+            let (prefill, generate) = (seconds(Stage::Prefill), seconds(Stage::Generate));
+            let rate = tokens as f64 / prefill.max(1e-9);
+            format!(
+                "{tokens} tokens read in {prefill:.1} s ({rate:.0} tokens/s), {} written in {generate:.1} s",
+                result.tokens_out
+            )
+        }
+        Ending::Errored { error, .. } if report.ending.state().is_final() => {
+            format!("{}: {error}", report.ending.state())
+        }
+        Ending::Errored { error, .. } => format!("will be tried again: {error}"),
+    }
+}
+
+impl Bars {
+    fn new(total: u64, done: u64) -> Self {
+        let all = console::progress().add(ProgressBar::new(total));
+        // Both templates are constant; a broken one would show in every run.
+        let style =
+            |template: &str| ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+        all.set_style(style("{bar:30} {bytes} of {total_bytes} of documents, {eta} left"));
+        all.set_position(done);
+        all.reset_eta();
+        let one = console::progress().add(ProgressBar::new(STEPS));
+        one.set_style(style("{bar:30} {wide_msg}"));
+        one.set_message("loading");
+        all.enable_steady_tick(TICK);
+        one.enable_steady_tick(TICK);
+        Self { all, one }
+    }
+}
+
+impl EventSink for RunProgress {
+    fn event(&self, event: Event<'_>) {
+        match event {
+            Event::Prompted { job, tokens } => {
+                let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+                if let Some(document) = state.documents.get_mut(&job) {
+                    document.tokens = tokens;
+                }
+            }
+            Event::Progressed { job, progress } => self.progressed(job, progress),
+            Event::Ended { job, report, .. } => self.ended(job.id, report),
+            Event::StoreUnavailable { operation, reason } => {
+                console::line(&format!("waiting for the database ({operation}): {reason}"))
+            }
+            Event::Lost { job, .. } => console::line(&format!("{}: another process has taken it over", job.id)),
+            Event::Claimed { .. } | Event::Entered { .. } => {}
+        }
+    }
+}

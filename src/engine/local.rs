@@ -1,0 +1,148 @@
+//! The engine on this machine's processor: a model directory opened, ranks as threads that share the weights.
+//!
+//! Invariant: the threads of all ranks together are never more than were given, unless there are more ranks than threads.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::available_parallelism;
+use std::time::Duration;
+
+use crate::backend::BackendError;
+use crate::backend::cpu::Cpu;
+use crate::comm::local::LocalComm;
+use crate::generate::vocabulary::Vocabulary;
+use crate::model::tokenizer::{Tokenizer, TokenizerError};
+use crate::model::weights::Weights;
+use crate::model::{ModelError, ModelSpec};
+
+use super::devices::{Devices, Memory};
+use super::digest::model_digest;
+use super::host_memory::available_bytes;
+use super::service::ModelEngine;
+use super::{EngineError, HEADS_FILE};
+
+/// How long a rank waits for the others in a collective. One that fails is noticed at once; this is for one that is stuck, and
+/// far longer than the layer of any context that a processor can be asked to read.
+const PEER_DEADLINE: Duration = Duration::from_secs(60 * 60);
+
+/// Rows that a thread of the backend works on at a time, at most.
+const SCRATCH_ROWS: usize = 512;
+
+/// How to open a model on this machine.
+#[derive(Debug, Clone)]
+pub struct LocalOptions {
+    /// Retaining heads; absent: those in the model's directory, if any.
+    pub heads: Option<PathBuf>,
+    /// Ranks at most.
+    pub ranks: usize,
+    /// Threads of all ranks together.
+    pub threads: usize,
+    /// Memory for an inference beyond the weights, in bytes; absent: what the system has available at the time.
+    pub memory_bytes: Option<u64>,
+}
+
+impl Default for LocalOptions {
+    fn default() -> Self {
+        let threads = available_parallelism().map_or(1, usize::from);
+        Self { heads: None, ranks: 1, threads, memory_bytes: None }
+    }
+}
+
+/// Why a model could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Its files are missing or wrong.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// Its tokenizer is wrong.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// The processor could not be used.
+    #[error(transparent)]
+    Backend(#[from] BackendError),
+    /// A file could not be read.
+    #[error("{}: {source}", path.display())]
+    Io { path: PathBuf, source: io::Error },
+}
+
+/// The processor, with the weights in this process's memory.
+pub struct CpuDevices {
+    weights: Weights<Cpu>,
+    ranks: usize,
+    threads: usize,
+    memory_bytes: Option<u64>,
+}
+
+/// An engine on this machine's processor.
+pub type LocalEngine = ModelEngine<CpuDevices>;
+
+impl ModelEngine<CpuDevices> {
+    /// Opens a model directory: `config.json` and weights, a tokenizer if there is one, retaining heads if there are any.
+    pub fn open(directory: &Path, options: &LocalOptions) -> Result<Self, OpenError> {
+        let spec = ModelSpec::load(directory)?;
+        let own_heads = directory.join(HEADS_FILE);
+        let heads = options.heads.clone().or_else(|| own_heads.is_file().then_some(own_heads));
+        let loader = Cpu::new(options.threads.max(1))?;
+        let weights = Weights::load(&loader, directory, &spec, heads.as_deref())?;
+        let digest = model_digest(directory, heads.as_deref())
+            .map_err(|source| OpenError::Io { path: directory.to_owned(), source })?;
+        let vocabulary: Option<Box<dyn Vocabulary>> = match directory.join("tokenizer.json").is_file() {
+            true => Some(Box::new(Tokenizer::load(directory)?)),
+            false => None,
+        };
+        let devices = CpuDevices {
+            weights,
+            ranks: options.ranks.max(1),
+            threads: options.threads.max(1),
+            memory_bytes: options.memory_bytes,
+        };
+        Ok(Self::new(name(directory), digest, spec, devices, vocabulary))
+    }
+}
+
+/// The directory's own name, also of `.` and of a link.
+fn name(directory: &Path) -> String {
+    let whole = directory.canonicalize().unwrap_or_else(|_| directory.to_owned());
+    whole.file_name().unwrap_or(whole.as_os_str()).to_string_lossy().into_owned()
+}
+
+impl Devices for CpuDevices {
+    type Backend = Cpu;
+    type Comm = LocalComm;
+
+    fn name(&self) -> String {
+        "cpu".to_owned()
+    }
+
+    fn ranks(&self) -> usize {
+        self.ranks
+    }
+
+    fn element_bytes(&self) -> usize {
+        size_of::<f32>()
+    }
+
+    fn scratch_bytes(&self, spec: &ModelSpec) -> u64 {
+        // Gate, up and their product of a chunk, and the like for attention; the backend's chunks are shorter.
+        let row = 3 * spec.intermediate + spec.hidden + spec.shape.qkv_width();
+        (self.threads * SCRATCH_ROWS * row * size_of::<f32>()) as u64
+    }
+
+    fn memory(&self) -> Memory {
+        Memory::Shared(self.memory_bytes.unwrap_or_else(available_bytes))
+    }
+
+    fn connect(&self, active: usize) -> Result<Vec<(Arc<Cpu>, LocalComm)>, EngineError> {
+        let threads = |rank| (self.threads / active + usize::from(rank < self.threads % active)).max(1);
+        let member = |(rank, comm)| match Cpu::new(threads(rank)) {
+            Ok(backend) => Ok((Arc::new(backend), comm)),
+            Err(error) => Err(EngineError::Device { reason: error.to_string() }),
+        };
+        LocalComm::group(active, PEER_DEADLINE).into_iter().enumerate().map(member).collect()
+    }
+
+    fn weights(&self, _rank: usize) -> &Weights<Cpu> {
+        &self.weights
+    }
+}

@@ -1,0 +1,78 @@
+//! The third hand: writes what came of an attempt, until the store has it.
+//!
+//! Invariant: a result is given up only if its lease is lost or the process is told to stop at once.
+
+use std::time::Instant;
+
+use tokio::sync::mpsc;
+
+use super::claim::Wait;
+use super::events::Event;
+use super::infer::Ended;
+use super::output;
+use super::shutdown::Shutdown;
+use super::work::{Interrupt, Work};
+use super::{Pipeline, PipelineError};
+use crate::engine::InferOutcome;
+use crate::job::{JobError, Stage};
+use crate::store::{AttemptReport, Ending};
+
+impl Pipeline {
+    /// Records until nothing can come any more.
+    pub(super) async fn record_all(
+        &self,
+        mut results: mpsc::Receiver<Ended>,
+        shutdown: Shutdown,
+    ) -> Result<(), PipelineError> {
+        while let Some(Ended { work, result }) = results.recv().await {
+            self.record(work, result, &shutdown).await?;
+        }
+        Ok(())
+    }
+
+    async fn record(
+        &self,
+        mut work: Work,
+        result: Result<InferOutcome, JobError>,
+        shutdown: &Shutdown,
+    ) -> Result<(), PipelineError> {
+        let began = Instant::now();
+        let ending = match result {
+            Ok(outcome) => {
+                let result = output::result(&work.claim.job, work.flags, outcome, self.parts.engine.info());
+                Ending::Succeeded(Box::new(result))
+            }
+            Err(error) => {
+                let claim = &work.claim;
+                let verdict = self.settings.retry.verdict(claim.job.id, claim.attempt, claim.failures, &error);
+                Ending::Errored { error, verdict }
+            }
+        };
+        work.spent(Stage::Record, began.elapsed());
+        work.enter(Stage::Record);
+        let documents = std::mem::take(&mut work.documents);
+        let report = AttemptReport { ending, stages: work.stages, documents };
+        let (job, lease) = (&work.claim.job, work.held.lease);
+        match self.finish(&work, &report, shutdown).await? {
+            true => self.parts.events.event(Event::Ended { job, lease, report: &report }),
+            false => self.parts.events.event(Event::Lost { job, lease }),
+        }
+        Ok(())
+    }
+
+    /// Writes the report; `false` if it is not this worker's to write any more.
+    async fn finish(&self, work: &Work, report: &AttemptReport, shutdown: &Shutdown) -> Result<bool, PipelineError> {
+        let mut wait = Wait::default();
+        while work.held.interrupted() != Some(Interrupt::LeaseLost) {
+            let pause = match self.parts.store.finish(&work.held.lease, report).await {
+                Ok(written) => return Ok(written),
+                Err(error) => wait.after("finish", error, self)?,
+            };
+            tokio::select! {
+                () = shutdown.stopping() => break,
+                () = tokio::time::sleep(pause) => {}
+            }
+        }
+        Ok(false)
+    }
+}

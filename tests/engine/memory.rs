@@ -1,0 +1,53 @@
+//! A plan's memory is an upper bound of what its ranks allocate, and not a wild one.
+
+use apbd::comm::local::LocalComm;
+use apbd::engine::{self, Job, Rank};
+use apbd::plan::{AttentionMode, Footprint, Selector};
+
+use super::instrumented::Instrumented;
+use super::models::{GROUPED, TinyModel, cpu, distinct_tokens};
+use super::oracle::Case;
+use super::runs::{self, DEADLINE, Forced};
+
+#[test]
+fn no_rank_allocates_more_than_its_plan_says() {
+    let model = TinyModel::new(GROUPED, 1);
+    let shape = model.spec.shape;
+    let footprint = Footprint {
+        layers: model.spec.layers,
+        hidden: model.spec.hidden,
+        heads: shape.heads,
+        kv_heads: shape.kv_heads,
+        head_dim: shape.head_dim,
+        element_bytes: 4,
+        scratch_bytes: 0,
+    };
+    let all = distinct_tokens(127, 1);
+    let (context, query) = all.split_at(120);
+    let modes = [AttentionMode::Full, AttentionMode::Ring, AttentionMode::Star, AttentionMode::Apb];
+    for (mode, selector, count) in modes.iter().flat_map(|mode| {
+        let selectors = [Selector::RetainingHead, Selector::QueryAware];
+        selectors.into_iter().flat_map(move |selector| [1, 2, 3, 8].map(|count| (*mode, selector, count)))
+    }) {
+        let case = Case { mode, hosts: 6, anchor: 14, passing: 4, query_at: 2, query_in_anchor: true, selector };
+        let plan = runs::plan(&case, context.len(), query.len());
+        let job = Job { context, query, plan: &plan, new_tokens: 5 };
+        let backends: Vec<Instrumented> = (0..count).map(|_| Instrumented::new(cpu(), None)).collect();
+        let weights = model.weights(&backends[0]);
+        let ranks = backends.iter().zip(LocalComm::group(count, DEADLINE));
+        let ranks = ranks.map(|(backend, comm)| Rank { backend, comm, weights: &weights, spec: &model.spec }).collect();
+        engine::run(ranks, &job, &mut Forced::new(&[1])).unwrap();
+        for (rank, backend) in backends.iter().enumerate().take(plan.active_ranks(count)) {
+            let needed = plan.memory_of_rank(rank, count, 5, &footprint);
+            let [prefill, decode] = backend.allocated();
+            let tail = if plan.hosts_of(rank, count).end == plan.hosts.len() { query.len() + 5 } else { 0 };
+            let kept = plan.layout(rank, count).local_rows().len() + tail;
+            let cache = (4 * 2 * shape.kv_width() * model.spec.layers * kept) as u64;
+            let used = prefill.max(cache + decode);
+            assert!(
+                used <= needed && needed <= used + used / 10,
+                "{case:?} rank {rank} of {count}: {used} of {needed}"
+            );
+        }
+    }
+}
