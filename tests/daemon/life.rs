@@ -98,3 +98,35 @@ async fn a_dropped_file_is_one_job_a_version() {
     tokio::time::sleep(Duration::from_secs(3)).await;
     assert_eq!(crate::harness::all(&*store).await.len(), 3, "nothing is taken twice");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_producer_in_python_gets_its_completion_event() {
+    let site = Site::new();
+    let daemon = site.start();
+    daemon.ready().await;
+    let job = site.path("job.json");
+    let uri = format!("file://{}", site.path("documents/plain.txt").display());
+    fs::write(&job, format!("{{\"version\":1,\"task\":\"summarise\",\"documents\":[{{\"uri\":\"{uri}\"}}]}}"))
+        .expect("written");
+    let producer = concat!(env!("CARGO_MANIFEST_DIR"), "/fixtures/jobs/producer.py");
+    let python = crate::services::python("python");
+    let output = std::process::Command::new(python).args([producer, &site.broker_url, &site.queue]).arg(&job).output();
+    let output = output.expect("run");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let event: serde_json::Value = serde_json::from_slice(&output.stdout).expect("JSON");
+    assert_eq!(event["state"], "succeeded");
+}
+
+#[test]
+fn the_examples_are_valid() {
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let config = root.join("deploy/apbd.toml").display().to_string();
+    let output = apbd(&["check", "--offline", "--config", &config], &root.join("deploy/apbd.toml"));
+    assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+    let limits = apbd::job::MessageLimits::default();
+    for name in ["ask.json", "extract.json"] {
+        let text = fs::read(root.join("fixtures/jobs").join(name)).expect("read");
+        let message = apbd::job::JobMessage::parse(&text, &limits).expect(name);
+        message.check(Some(apbd::job::JobId::random()), &limits).expect(name);
+    }
+}

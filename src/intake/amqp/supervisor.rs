@@ -107,7 +107,10 @@ impl AmqpIntake {
     }
 
     async fn waiting(&self) -> Option<u64> {
-        self.store.inbox_depth(self.admission.window).await.ok().map(|depth| depth.queued)
+        let depth = self.store.inbox_depth(self.admission.window).await.ok()?;
+        metrics::INBOX.set(&["queued"], depth.queued);
+        metrics::INBOX.set(&["running"], depth.running);
+        Some(depth.queued)
     }
 
     /// Returns when there is room; `false` if the process stops before.
