@@ -6,7 +6,9 @@
 //! Invariant: only here is something parsed from arguments or printed; the exit codes are those of [`Status`] and [`CliError`].
 
 pub mod cancel;
+pub mod check;
 mod database;
+pub mod engine;
 pub mod forward;
 pub mod heads;
 pub mod jobs;
@@ -14,7 +16,9 @@ pub mod migrate;
 pub mod replay;
 pub mod report;
 pub mod run;
+pub mod serve;
 pub mod show;
+pub mod submit;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -40,6 +44,15 @@ pub struct Cli {
 pub enum Command {
     /// Process files and folders on this machine; needs no service.
     Run(run::Args),
+    /// Serve: take jobs from RabbitMQ and watched folders, until told to stop.
+    Serve(serve::Args),
+    /// Check a configuration, and everything that it connects to.
+    Check(check::Args),
+    /// Send a job to the queue.
+    Submit(submit::Args),
+    /// The engine's own process; started by `serve`.
+    #[command(hide = true)]
+    Engine(engine::Args),
     /// List jobs.
     Jobs(jobs::Args),
     /// Show everything about a job.
@@ -63,6 +76,10 @@ impl Command {
     pub fn execute(self) -> Result<Status, CliError> {
         match self {
             Self::Run(args) => args.execute(),
+            Self::Serve(args) => args.execute(),
+            Self::Check(args) => args.execute(),
+            Self::Submit(args) => args.execute(),
+            Self::Engine(args) => args.execute(),
             Self::Jobs(args) => args.execute(),
             Self::Show(args) => args.execute(),
             Self::Cancel(args) => args.execute(),

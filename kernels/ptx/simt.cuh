@@ -1,0 +1,47 @@
+// The thread model's primitives: conversions, shuffles, votes, approximate exponentials.
+//
+// Invariant: the emulator of the tests has a file of the same name with the same functions.
+#pragma once
+
+#include <cstdint>
+
+#define DEVICE __device__ __forceinline__
+
+static constexpr unsigned ALL_LANES = 0xffffffffu;
+
+DEVICE float bits_to_float(uint32_t bits) { return __uint_as_float(bits); }
+DEVICE uint32_t float_to_bits(float value) { return __float_as_uint(value); }
+
+// Two floats rounded to nearest even: `low` in the lower half.
+DEVICE uint32_t pack_bf16(float low, float high) {
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+// IEEE half to float, from its bits.
+DEVICE float half_to_float(uint16_t bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+}
+
+// 2^x, relative error 2^-22; 2^-inf is 0.
+DEVICE float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(ALL_LANES, value, mask); }
+DEVICE uint32_t shuffle_xor(uint32_t value, int mask) { return __shfl_xor_sync(ALL_LANES, value, mask); }
+DEVICE uint32_t shuffle_up(uint32_t value, int by) { return __shfl_up_sync(ALL_LANES, value, by); }
+DEVICE uint32_t shuffle(uint32_t value, int lane) { return __shfl_sync(ALL_LANES, value, lane); }
+DEVICE void sync_warp() { __syncwarp(); }
+DEVICE bool warp_any(bool value) { return __any_sync(ALL_LANES, value); }
+
+// The block's dynamic shared memory, 1024-byte aligned as swizzled tiles need it.
+DEVICE uint8_t* dynamic_shared() {
+    extern __shared__ __align__(1024) uint8_t block_shared[];
+    return block_shared;
+}

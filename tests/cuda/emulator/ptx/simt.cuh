@@ -1,0 +1,88 @@
+// The emulator's counterpart of kernels/ptx/simt.cuh.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../simt.h"
+
+#define DEVICE inline
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __shared__ static
+
+#define threadIdx (emulator::current->index)
+#define blockIdx (emulator::block_index)
+#define blockDim (emulator::block_size)
+#define gridDim (emulator::grid_size)
+
+using std::max;
+using std::min;
+
+inline float bits_to_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+inline uint32_t float_to_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+}
+inline uint32_t round_bf16(float value) {
+    const uint32_t bits = float_to_bits(value);
+    if (value != value) return 0x7fff;
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+inline uint32_t pack_bf16(float low, float high) { return round_bf16(low) | round_bf16(high) << 16; }
+
+inline float half_to_float(uint16_t bits) {
+    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
+    const float sign = bits >> 15 ? -1.f : 1.f;
+    if (exponent == 31) return fraction ? NAN : sign * INFINITY;
+    if (exponent == 0) return sign * std::ldexp(float(fraction), -24);
+    return sign * std::ldexp(float(1024 + fraction), exponent - 25);
+}
+
+inline float exp2_approx(float x) { return std::exp2(x); }
+inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
+
+template <class T>
+T lane_value(T value, int lane) {
+    const auto slots = emulator::exchange(&value, sizeof(T));
+    T other;
+    std::memcpy(&other, slots[lane], sizeof(T));
+    return other;
+}
+inline float shuffle_xor(float value, int mask) { return lane_value(value, emulator::current->lane ^ mask); }
+inline uint32_t shuffle_xor(uint32_t value, int mask) { return lane_value(value, emulator::current->lane ^ mask); }
+inline uint32_t shuffle_up(uint32_t value, int by) { return lane_value(value, max(emulator::current->lane - by, 0)); }
+inline uint32_t shuffle(uint32_t value, int lane) { return lane_value(value, lane); }
+inline void sync_warp() { lane_value(0, 0); }
+inline bool warp_any(bool value) {
+    const auto slots = emulator::exchange(&value, 1);
+    for (int lane = 0; lane < 32; ++lane)
+        if (slots[lane][0]) return true;
+    return false;
+}
+
+inline void __syncthreads() { emulator::sync_block(); }
+template <class T>
+T atomicAdd(T* at, T value) {
+    const T old = *at;
+    *at += value;
+    return old;
+}
+template <class T>
+T atomicMin(T* at, T value) {
+    const T old = *at;
+    *at = min(old, value);
+    return old;
+}
+
+inline uint8_t* dynamic_shared() { return emulator::block_shared; }
