@@ -12,6 +12,7 @@ pub mod engine;
 pub mod forward;
 pub mod heads;
 pub mod jobs;
+pub mod migrate;
 pub mod replay;
 pub mod report;
 pub mod run;
@@ -62,6 +63,8 @@ pub enum Command {
     Replay(replay::Args),
     /// Print reports: backlog, throughput, latency, tokens, failures.
     Report(report::Args),
+    /// Bring the database's schema up to date.
+    Migrate(migrate::Args),
     /// Run token ids through a model and print logits, for comparison with other implementations.
     Forward(forward::Args),
     /// Convert published retaining heads.
@@ -82,6 +85,7 @@ impl Command {
             Self::Cancel(args) => args.execute(),
             Self::Replay(args) => args.execute(),
             Self::Report(args) => args.execute(),
+            Self::Migrate(args) => args.execute(),
             Self::Forward(args) => args.execute(),
             Self::Heads(args) => args.execute(),
         }

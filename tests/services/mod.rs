@@ -5,6 +5,7 @@
 #![allow(dead_code, reason = "every test crate uses some of them")]
 
 mod group;
+pub mod postgres;
 pub mod proxy;
 pub mod rabbitmq;
 pub mod s3;
