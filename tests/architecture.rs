@@ -17,13 +17,17 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("engine", &["backend", "comm", "generate", "model", "plan"]),
     // The job's side: never a device.
     ("prompt", &["job", "model"]),
-    ("document", &["job"]),
+    ("objects", &[]),
+    ("document", &["job", "objects"]),
     ("store", &["job", "plan", "generate"]),
     ("telemetry", &[]),
-    ("config", &["job", "plan", "store"]),
-    ("intake", &["job", "store", "document", "config", "plan"]),
+    ("failpoint", &[]),
+    ("config", &["job", "store", "document", "intake", "objects", "supervise"]),
+    // Of the pipeline the doors know only how the process is told to stop.
+    ("intake", &["job", "store", "document", "objects", "pipeline", "telemetry", "failpoint"]),
+    ("outbox", &["job", "store", "intake", "pipeline", "telemetry", "failpoint"]),
     ("pipeline", &["job", "store", "document", "prompt", "engine", "generate", "plan", "model"]),
-    ("supervise", &["engine", "config"]),
+    ("supervise", &["engine", "plan", "telemetry"]),
 ];
 
 /// Lines of a file at most, tests included.

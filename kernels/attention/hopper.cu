@@ -336,13 +336,13 @@ DEVICE void attend(const Maps& maps, const Shape& shape, const Plan& plan, int p
         attend<Tiling<HD, CONSUMERS, KEYS>, PING_PONG, LAZY>(maps, shape, plan, pieces, counter, to);                                   \
     }
 
-KERNEL(attention_hopper_128, 128, 2, 128, true, true)
+KERNEL(attention_hopper_128, 128, 3, 80, true, true)
 KERNEL(attention_hopper_64, 64, 2, 128, true, true)
 #ifdef VARIANTS
 KERNEL(hopper_128_2x128_pp_eager, 128, 2, 128, true, false)
 KERNEL(hopper_128_2x128_free_lazy, 128, 2, 128, false, true)
 KERNEL(hopper_128_2x176_pp_lazy, 128, 2, 176, true, true)
 KERNEL(hopper_128_2x160_pp_lazy, 128, 2, 160, true, true)
-KERNEL(hopper_128_3x80_pp_lazy, 128, 3, 80, true, true)
+KERNEL(hopper_128_2x128_pp_lazy, 128, 2, 128, true, true)
 KERNEL(hopper_128_3x64_pp_lazy, 128, 3, 64, false, true)
 #endif

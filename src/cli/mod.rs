@@ -6,14 +6,19 @@
 //! Invariant: only here is something parsed from arguments or printed; the exit codes are those of [`Status`] and [`CliError`].
 
 pub mod cancel;
+pub mod check;
 mod database;
+pub mod engine;
 pub mod forward;
 pub mod heads;
 pub mod jobs;
+pub mod migrate;
 pub mod replay;
 pub mod report;
 pub mod run;
+pub mod serve;
 pub mod show;
+pub mod submit;
 
 use std::io::{self, Write};
 use std::process::ExitCode;
@@ -39,6 +44,15 @@ pub struct Cli {
 pub enum Command {
     /// Process files and folders on this machine; needs no service.
     Run(run::Args),
+    /// Serve: take jobs from RabbitMQ and watched folders, until told to stop.
+    Serve(serve::Args),
+    /// Check a configuration, and everything that it connects to.
+    Check(check::Args),
+    /// Send a job to the queue.
+    Submit(submit::Args),
+    /// The engine's own process; started by `serve`.
+    #[command(hide = true)]
+    Engine(engine::Args),
     /// List jobs.
     Jobs(jobs::Args),
     /// Show everything about a job.
@@ -49,6 +63,8 @@ pub enum Command {
     Replay(replay::Args),
     /// Print reports: backlog, throughput, latency, tokens, failures.
     Report(report::Args),
+    /// Bring the database's schema up to date.
+    Migrate(migrate::Args),
     /// Run token ids through a model and print logits, for comparison with other implementations.
     Forward(forward::Args),
     /// Convert published retaining heads.
@@ -60,11 +76,16 @@ impl Command {
     pub fn execute(self) -> Result<Status, CliError> {
         match self {
             Self::Run(args) => args.execute(),
+            Self::Serve(args) => args.execute(),
+            Self::Check(args) => args.execute(),
+            Self::Submit(args) => args.execute(),
+            Self::Engine(args) => args.execute(),
             Self::Jobs(args) => args.execute(),
             Self::Show(args) => args.execute(),
             Self::Cancel(args) => args.execute(),
             Self::Replay(args) => args.execute(),
             Self::Report(args) => args.execute(),
+            Self::Migrate(args) => args.execute(),
             Self::Forward(args) => args.execute(),
             Self::Heads(args) => args.execute(),
         }

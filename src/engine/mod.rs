@@ -109,6 +109,15 @@ pub enum EngineError {
     /// The device or a rank failed: the engine has to be replaced.
     #[error("the engine failed: {reason}")]
     Device { reason: String },
+    /// The engine's process ended under the request.
+    #[error("the engine's process ended: {reason}")]
+    Crashed { reason: String },
+    /// The engine made no progress within its budget, and was killed.
+    #[error("the engine made no progress for {seconds} s and was killed")]
+    Hung { seconds: u64 },
+    /// No engine is there at the moment; nothing was tried.
+    #[error("no engine is ready: {reason}")]
+    Unavailable { reason: String },
 }
 
 /// Called from the engine's thread between layers and tokens; returning `false` cancels the inference.
@@ -118,6 +127,10 @@ pub type Observer<'a> = &'a (dyn Fn(Progress) -> bool + Sync);
 pub trait Engine: Send + Sync {
     /// What it serves.
     fn info(&self) -> EngineInfo;
+    /// Whether it makes sense to bring it work now.
+    fn is_ready(&self) -> bool {
+        true
+    }
     /// The plan that [`Engine::infer`] would use for so many tokens, or why it would refuse. `query_at` as in [`InferRequest`].
     fn plan(
         &self,

@@ -2,4 +2,6 @@
 //!
 //! Invariant: what a door has taken in is on disk before the door says so to anybody.
 
+pub mod amqp;
+pub mod dropfolder;
 pub mod files;

@@ -54,6 +54,13 @@ impl Pipeline {
         };
         let mut wait = Wait::default();
         while shutdown.phase() == Phase::Working && !ready.is_closed() {
+            // What is claimed while no engine can be had would only be held, and handed back.
+            if !self.parts.engine.is_ready() {
+                tokio::select! {
+                    () = shutdown.draining() => return Ok(None),
+                    () = tokio::time::sleep(settings.poll) => continue,
+                }
+            }
             let pause = match self.claim_one(&request).await {
                 Ok(Some(claim)) => return Ok(Some(claim)),
                 Ok(None) if self.is_over().await? => return Ok(None),

@@ -107,6 +107,9 @@ fn job_error(error: &EngineError, work: &Work) -> JobError {
         EngineError::Memory { .. } => ErrorCode::MemoryTooSmall,
         EngineError::Model { .. } => ErrorCode::ModelFailed,
         EngineError::Device { .. } => ErrorCode::DeviceFailed,
+        EngineError::Crashed { .. } => ErrorCode::EngineCrashed,
+        EngineError::Hung { .. } => ErrorCode::EngineHung,
+        EngineError::Unavailable { .. } => ErrorCode::EngineUnavailable,
     };
     JobError::new(code, error.to_string())
 }

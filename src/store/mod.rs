@@ -10,6 +10,7 @@
 
 pub mod error;
 mod event;
+mod postgres;
 pub mod records;
 mod sqlite;
 pub mod url;
@@ -23,6 +24,8 @@ use crate::job::retry::RetryPolicy;
 use crate::job::{JobId, WorkerId};
 
 pub use error::StoreError;
+pub use postgres::{Migrated, Roles, migrate};
+use records::name_of;
 pub use records::*;
 pub use url::StoreUrl;
 
@@ -40,9 +43,7 @@ pub enum Access {
 pub async fn open(url: &StoreUrl, access: Access, retry: RetryPolicy) -> Result<Arc<dyn Store>, StoreError> {
     match url {
         StoreUrl::Sqlite(path) => Ok(Arc::new(sqlite::SqliteStore::open(path, access, retry).await?)),
-        StoreUrl::Postgres(_) => {
-            Err(StoreError::Url { url: url.to_string(), reason: "this build has no driver for it".to_owned() })
-        }
+        StoreUrl::Postgres(_) => Ok(Arc::new(postgres::PostgresStore::open(url, access, retry).await?)),
     }
 }
 

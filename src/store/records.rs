@@ -8,7 +8,8 @@ use chrono::{DateTime, Utc};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::job::retry::{Failures, Verdict};
+use crate::job::clean::{clean, clean_json, needs_cleaning};
+use crate::job::retry::{FailureCounter, Failures, Verdict};
 use crate::job::{
     Attempt, Digest, DocumentFacts, ErrorCode, Job, JobError, JobId, JobResult, Priority, Stage, StageTimes, Task,
     TokenCount, WorkerId,
@@ -247,6 +248,46 @@ impl Ending {
             },
         }
     }
+
+    /// What the attempt's row says.
+    pub fn outcome(&self) -> &'static str {
+        match self {
+            Self::Succeeded(_) => "succeeded",
+            Self::Errored { verdict, .. } => match verdict {
+                Verdict::Fail => "failed",
+                Verdict::Cancelled => "cancelled",
+                Verdict::Quarantine => "quarantined",
+                Verdict::Retry { .. } => "retried",
+                Verdict::Requeue { .. } => "requeued",
+            },
+        }
+    }
+
+    /// The wait before the job can be claimed again, and where the failure is counted.
+    pub fn consequences(&self) -> (Duration, Option<FailureCounter>) {
+        match self {
+            Self::Errored { verdict: Verdict::Retry { after, counter }, .. } => (*after, Some(*counter)),
+            Self::Errored { verdict: Verdict::Requeue { after }, .. } => (*after, None),
+            Self::Errored { verdict: Verdict::Quarantine, .. } => (Duration::ZERO, Some(FailureCounter::Suspect)),
+            Self::Errored { .. } | Self::Succeeded(_) => (Duration::ZERO, None),
+        }
+    }
+
+    /// Why there is no result.
+    pub fn error(&self) -> Option<&JobError> {
+        match self {
+            Self::Succeeded(_) => None,
+            Self::Errored { error, .. } => Some(error),
+        }
+    }
+
+    /// The result.
+    pub fn result(&self) -> Option<&JobResult> {
+        match self {
+            Self::Succeeded(result) => Some(result),
+            Self::Errored { .. } => None,
+        }
+    }
 }
 
 /// Everything an attempt leaves behind.
@@ -258,6 +299,20 @@ pub struct AttemptReport {
     pub stages: StageTimes,
     /// What was learned of each document, in the job's order; may be shorter than the job's list.
     pub documents: Vec<DocumentFacts>,
+}
+
+impl AttemptReport {
+    /// The report without characters that a database can not hold; the result says so where it had some.
+    pub(super) fn storable(&self) -> Self {
+        let mut report = self.clone();
+        if let Ending::Succeeded(result) = &mut report.ending {
+            let text = needs_cleaning(&result.text);
+            result.text = clean(&result.text).into_owned();
+            let extraction = result.extraction.as_mut().is_some_and(clean_json);
+            result.flags.text_cleaned |= text || extraction;
+        }
+        report
+    }
 }
 
 /// What came of a cancel.
@@ -471,4 +526,12 @@ pub struct ReportTable {
     pub columns: Vec<String>,
     /// One list of values a row, in the columns' order.
     pub rows: Vec<Vec<Value>>,
+}
+
+/// The name a unit variant has in JSON, and in the database.
+pub(super) fn name_of(value: &impl Serialize) -> String {
+    match serde_json::to_value(value) {
+        Ok(Value::String(name)) => name,
+        other => unreachable!("a variant without fields is a string, not {other:?}"),
+    }
 }

@@ -3,6 +3,9 @@
 //! Invariant: nothing here, and no event anywhere, carries document text or a secret.
 
 pub mod console;
+pub mod health;
+pub mod http;
+pub mod metrics;
 
 use std::io::{IsTerminal, stderr};
 

@@ -1,9 +1,12 @@
 //! The store's promises, the same functions on every implementation.
 
+mod on_postgres;
+#[path = "../services/postgres.rs"]
+mod postgres;
 mod suite;
 
 use apbd::job::retry::RetryPolicy;
-use apbd::store::{Access, StoreError, StoreUrl, open};
+use apbd::store::{Access, Roles, StoreError, StoreUrl, migrate, open};
 use tempfile::TempDir;
 
 /// A fresh SQLite file, kept as long as the test runs.
@@ -14,16 +17,32 @@ async fn sqlite() -> suite::Fresh {
     suite::Fresh { store, _keep: Box::new(directory) }
 }
 
-macro_rules! on_sqlite {
-    ($($test:ident)*) => { mod on_sqlite { $(
-        #[tokio::test]
-        async fn $test() {
-            crate::suite::$test(crate::sqlite().await).await;
-        }
-    )* } };
+/// A fresh database of the shared server.
+async fn postgres_database() -> suite::Fresh {
+    let url: StoreUrl = postgres::shared().database().parse().expect("a URL");
+    migrate(&url, &Roles::default()).await.expect("migrated");
+    let store = open(&url, Access::Worker, suite::policy()).await.expect("opens");
+    suite::Fresh { store, _keep: Box::new(()) }
 }
 
-on_sqlite! {
+macro_rules! on_both {
+    ($($test:ident)*) => {
+        mod sqlite_store { $(
+            #[tokio::test]
+            async fn $test() {
+                crate::suite::$test(crate::sqlite().await).await;
+            }
+        )* }
+        mod postgres_store { $(
+            #[tokio::test]
+            async fn $test() {
+                crate::suite::$test(crate::postgres_database().await).await;
+            }
+        )* }
+    };
+}
+
+on_both! {
     enqueueing_twice_is_enqueueing_once
     claims_follow_priority_deadline_size_and_age
     two_claims_never_return_the_same_job
@@ -40,6 +59,8 @@ on_sqlite! {
     dead_jobs_are_replayed_with_clean_counters
     a_rejection_is_written_once
     lists_and_reports_show_what_is_there
+    text_that_no_database_holds_is_cleaned_and_flagged
+    latency_is_reported_by_stage
 }
 
 #[tokio::test]

@@ -96,7 +96,7 @@ fn report(ending: Ending) -> AttemptReport {
     AttemptReport { ending, stages, documents: vec![facts] }
 }
 
-fn succeeded() -> AttemptReport {
+pub fn succeeded() -> AttemptReport {
     report(Ending::Succeeded(Box::new(result("done"))))
 }
 
@@ -104,7 +104,7 @@ fn errored(code: ErrorCode, verdict: Verdict) -> AttemptReport {
     report(Ending::Errored { error: JobError::new(code, "as the test says"), verdict })
 }
 
-async fn state(store: &dyn Store, job: JobId) -> JobState {
+pub async fn state(store: &dyn Store, job: JobId) -> JobState {
     store.show(job).await.expect("shown").expect("there").summary.state
 }
 
@@ -400,4 +400,48 @@ pub async fn lists_and_reports_show_what_is_there(fresh: Fresh) {
         assert!(!table.rows.is_empty(), "{view:?}");
         assert!(table.rows.iter().all(|row| row.len() == table.columns.len()), "{view:?}");
     }
+}
+
+pub async fn text_that_no_database_holds_is_cleaned_and_flagged(fresh: Fresh) {
+    let store = &*fresh.store;
+    let job = add(store, JobMessage { instruction: Some("a\0b".to_owned()), ..message("file:///a") }).await;
+    let held = claim(store, 1).await.remove(0);
+    assert_eq!(held.job.instruction.as_deref(), Some("ab"));
+    let dirty = JobResult { extraction: Some(json!({ "own\0er": ["A\0da"] })), ..result("do\0ne") };
+    let report = report(Ending::Succeeded(Box::new(dirty)));
+    assert!(store.finish(&held.lease(), &report).await.expect("finished"));
+    let stored = store.show(job).await.expect("shown").expect("there").result.expect("a result");
+    assert_eq!((stored.text.as_str(), stored.extraction), ("done", Some(json!({ "owner": ["Ada"] }))));
+    assert!(stored.flags.text_cleaned);
+}
+
+pub async fn latency_is_reported_by_stage(fresh: Fresh) {
+    let store = &*fresh.store;
+    for i in 1..=100 {
+        add(store, message(&format!("file:///{i}"))).await;
+        let lease = claim(store, 1).await[0].lease();
+        let mut stages = StageTimes::default();
+        stages.add(Stage::Prefill, Duration::from_millis(i * 10));
+        let ending = Ending::Succeeded(Box::new(result("done")));
+        let report = AttemptReport { ending, stages, documents: Vec::new() };
+        assert!(store.finish(&lease, &report).await.expect("finished"));
+    }
+    let latency = store.report(ReportView::Latency, 50).await.expect("reported");
+    let column = |name: &str| latency.columns.iter().position(|column| column == name).expect("a column");
+    assert_eq!(latency.rows.len(), 1, "one stage was reached: {:?}", latency.rows);
+    let row = &latency.rows[0];
+    assert_eq!((&row[column("stage")], &row[column("model")]), (&json!("prefill"), &json!("tiny")));
+    assert_eq!(row[column("attempts")], 100);
+    for (name, expected) in [("p50_ms", 500.0), ("p95_ms", 950.0), ("p99_ms", 990.0)] {
+        let ms = row[column(name)].as_f64().expect("a number");
+        assert!((ms / expected - 1.0).abs() < 0.011, "{name} is {ms}");
+    }
+}
+
+/// One job from its door to its result.
+pub async fn finish_one(store: &dyn Store) {
+    add(store, message("file:///a")).await;
+    let lease = claim(store, 1).await[0].lease();
+    assert!(store.finish(&lease, &succeeded()).await.expect("finished"));
+    store.sweep().await.expect("swept");
 }

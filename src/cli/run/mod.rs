@@ -2,7 +2,7 @@
 //!
 //! Invariant: what was finished is never done again, whatever ended the run before; a document that fails costs only itself.
 
-mod model;
+pub(super) mod model;
 mod options;
 mod output;
 mod progress;
@@ -206,7 +206,7 @@ fn settings(only: Vec<JobId>) -> Settings {
     }
 }
 
-fn prompter(directory: &std::path::Path) -> Result<Prompter, CliError> {
+pub(super) fn prompter(directory: &std::path::Path) -> Result<Prompter, CliError> {
     let usage = |error: &dyn std::error::Error| CliError::Usage(error.to_string());
     let tokenizer = Tokenizer::load(directory).map_err(|error| usage(&error))?;
     let frame = ChatFrame::load(directory).map_err(|error| usage(&error))?;

@@ -6,10 +6,10 @@ use std::env;
 use std::path::{Path, PathBuf};
 
 /// Names a model directory.
-pub(super) const VARIABLE: &str = "APBD_MODEL";
+pub(in crate::cli) const VARIABLE: &str = "APBD_MODEL";
 
 /// The directory that was named, or the first place that has the program's own model.
-pub(super) fn find(named: Option<&Path>) -> Result<PathBuf, String> {
+pub(in crate::cli) fn find(named: Option<&Path>) -> Result<PathBuf, String> {
     if let Some(directory) = named {
         return Ok(directory.to_owned());
     }

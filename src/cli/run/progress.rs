@@ -87,12 +87,15 @@ impl RunProgress {
             Progress::Prefill { layers_done, layers } => {
                 let share = layers_done as f64 / layers.max(1) as f64;
                 bars.one.set_position((share * STEPS as f64) as u64);
-                let rate = if elapsed > 0.0 { document.tokens as f64 * share / elapsed } else { 0.0 };
-                let left = if share > 0.0 { elapsed / share * (1.0 - share) } else { 0.0 };
+                let rate = document.tokens as f64 * share / elapsed.max(1e-9);
+                let left = elapsed / share.max(1e-9) * (1.0 - share);
                 if layers_done == layers {
                     document.stage_since = Instant::now();
                 }
-                format!("prefill {} tokens, {rate:.0} tokens/s, {left:.0} s left", document.tokens)
+                // The first layer has to be done before anything can be said about the others.
+                let pace =
+                    if layers_done == 0 { String::new() } else { format!(", {rate:.0} tokens/s, {left:.0} s left") };
+                format!("prefill {} tokens{pace}", document.tokens)
             }
             Progress::Generate { tokens, at_most } => {
                 bars.one.set_position(STEPS * tokens as u64 / at_most.max(1) as u64);

@@ -2,13 +2,19 @@
 //!
 //! Invariant: what is returned are the bytes that were asked for, all of them, within the bound; anything else is an error.
 
+mod any;
 mod file;
+mod locations;
+mod s3;
 
 use async_trait::async_trait;
 
 use crate::job::{DocumentRef, ErrorCode};
 
+pub use any::AllowedSource;
 pub use file::{FileSource, entity_tag};
+pub use locations::{AllowedPrefix, Locations};
+pub use s3::S3Source;
 
 /// A document's bytes and what their place says of them.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]

@@ -4,12 +4,11 @@
 
 use sqlx::{Sqlite, Transaction};
 
-use super::inbox::name_of;
 use super::rows::milliseconds;
 use super::{SqliteStore, now};
 use crate::job::retry::{FailureCounter, Verdict};
 use crate::job::{JobError, JobResult, Stage};
-use crate::store::{AttemptReport, Ending, JobState, Lease, StoreError, event};
+use crate::store::{AttemptReport, Ending, JobState, Lease, StoreError, event, name_of};
 
 /// Only the attempt that is the job's own, while it runs. `$5` is the wait before the job can be claimed again.
 const END: &str = concat!(
@@ -50,8 +49,9 @@ const EVENT: &str = concat!(
 
 impl SqliteStore {
     pub(super) async fn finish_attempt(&self, lease: Lease, report: &AttemptReport) -> Result<bool, StoreError> {
+        let report = report.storable();
         let mut transaction = self.begin("finish").await?;
-        if !self.end_attempt(&mut transaction, lease, report, outcome(&report.ending)).await? {
+        if !self.end_attempt(&mut transaction, lease, &report, report.ending.outcome()).await? {
             return Ok(false);
         }
         self.commit("finish", transaction).await?;
@@ -111,24 +111,13 @@ impl SqliteStore {
         lease: Lease,
         ending: &Ending,
     ) -> Result<Option<JobState>, StoreError> {
-        let (error, wait, counter) = match ending {
-            Ending::Succeeded(_) => (None, None, None),
-            Ending::Errored { error, verdict } => match verdict {
-                Verdict::Retry { after, counter } => (Some(error), Some(*after), Some(*counter)),
-                Verdict::Requeue { after } => (Some(error), Some(*after), None),
-                Verdict::Quarantine => (Some(error), None, Some(FailureCounter::Suspect)),
-                Verdict::Fail | Verdict::Cancelled => (Some(error), None, None),
-            },
-        };
-        let result = match ending {
-            Ending::Succeeded(result) => Some(result),
-            Ending::Errored { .. } => None,
-        };
+        let (wait, counter) = ending.consequences();
+        let (error, result) = (ending.error(), ending.result());
         let state: Option<String> = sqlx::query_scalar(END)
             .bind(lease.job.to_string())
             .bind(i64::from(lease.attempt.get()))
             .bind(ending.state().as_str())
-            .bind(wait.unwrap_or_default().as_millis() as i64)
+            .bind(wait.as_millis() as i64)
             .bind(i64::from(counter == Some(FailureCounter::Suspect)))
             .bind(i64::from(counter == Some(FailureCounter::Infra)))
             .bind(error.map(|error| error.code.as_str()))
@@ -148,10 +137,7 @@ impl SqliteStore {
         report: &AttemptReport,
         outcome: &str,
     ) -> Result<(), StoreError> {
-        let error = match &report.ending {
-            Ending::Succeeded(_) => None,
-            Ending::Errored { error, .. } => Some(error),
-        };
+        let error = report.ending.error();
         let mut query = sqlx::query(END_ATTEMPT)
             .bind(lease.job.to_string())
             .bind(i64::from(lease.attempt.get()))
@@ -234,19 +220,5 @@ impl SqliteStore {
             .await
             .map(drop)
             .map_err(|error| self.error("finish", error))
-    }
-}
-
-/// What the attempt's row says.
-fn outcome(ending: &Ending) -> &'static str {
-    match ending {
-        Ending::Succeeded(_) => "succeeded",
-        Ending::Errored { verdict, .. } => match verdict {
-            Verdict::Fail => "failed",
-            Verdict::Cancelled => "cancelled",
-            Verdict::Quarantine => "quarantined",
-            Verdict::Retry { .. } => "retried",
-            Verdict::Requeue { .. } => "requeued",
-        },
     }
 }

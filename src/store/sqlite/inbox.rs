@@ -2,11 +2,10 @@
 //!
 //! Invariant: a job that was answered `Inserted` is on disk with all its documents.
 
-use serde_json::Value;
 use sqlx::{Row, Sqlite, Transaction};
 
 use super::{SqliteStore, now};
-use crate::store::{Enqueued, InboxDepth, NewJob, Rejection, StoreError};
+use crate::store::{Enqueued, InboxDepth, NewJob, Rejection, StoreError, name_of};
 
 const INSERT_JOB: &str = concat!(
     "INSERT INTO jobs (job_id, payload_digest, message, task, document, model, priority, deadline, size_bytes, door, origin, reply_target, ",
@@ -107,13 +106,5 @@ impl SqliteStore {
             count.map(|count: i64| count as u64).map_err(|error| self.error("inbox_depth", error))
         };
         Ok(InboxDepth { queued: count("queued").await?, running: count("running").await? })
-    }
-}
-
-/// The name a unit variant has in JSON.
-pub(super) fn name_of(value: &impl serde::Serialize) -> String {
-    match serde_json::to_value(value) {
-        Ok(Value::String(name)) => name,
-        other => unreachable!("a variant without fields is a string, not {other:?}"),
     }
 }

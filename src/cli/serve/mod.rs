@@ -1,0 +1,250 @@
+//! `apbd serve`: the daemon. Doors in, the pipeline, events out; until it is told to stop.
+//!
+//! Start: the configuration as a whole, then the port, the database, the engine; each is waited for with words. Stop: the doors close, what
+//! is in the engine may end within the grace, the rest is handed back, events are flushed.
+//!
+//! Invariant: every task that was started has ended when this returns.
+
+mod events;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::process;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use super::run::{model, prompter};
+use super::{CliError, Status, runtime};
+use crate::config::{AmqpConfig, Config};
+use crate::document::fetch::{AllowedSource, DocumentSource, S3Source};
+use crate::intake::amqp::{AmqpIntake, Terms};
+use crate::intake::dropfolder::DropFolder;
+use crate::job::WorkerId;
+use crate::objects::ObjectClient;
+use crate::outbox::Dispatcher;
+use crate::pipeline::shutdown::{self, Phase, Shutdown};
+use crate::pipeline::{Parts, Pipeline, Settings};
+use crate::store::{self, Access, Store};
+use crate::supervise::{EngineOptions, SupervisedEngine};
+use crate::telemetry::health::{Component, Health};
+use crate::telemetry::{console, http};
+
+/// Wait between two tries to reach the database at the start.
+const START_WAIT: Duration = Duration::from_secs(2);
+/// How long the database is waited for at the start.
+const START_WITHIN: Duration = Duration::from_secs(120);
+/// Where this machine says its name.
+const HOST_NAME: &str = "/proc/sys/kernel/hostname";
+
+/// Arguments of `apbd serve`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Configuration (TOML); every key can also be set as `APBD_SECTION_KEY`.
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+}
+
+/// The configuration at `path` with this process's environment.
+pub(super) fn load(path: &Path) -> Result<Config, CliError> {
+    let environment: BTreeMap<String, String> = std::env::vars_os()
+        .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+        .collect();
+    Config::load(path, &environment).map_err(|error| CliError::Usage(error.to_string()))
+}
+
+impl Args {
+    /// Serves.
+    pub fn execute(self) -> Result<Status, CliError> {
+        let config = load(&self.config)?;
+        let model = model::find(config.engine.model.as_deref()).map_err(CliError::Usage)?;
+        let stores = clients(&config)?;
+        runtime()?.block_on(serve(config, model, stores))
+    }
+}
+
+/// A client a store.
+pub(super) fn clients(config: &Config) -> Result<Vec<ObjectClient>, CliError> {
+    let client = |options: &crate::objects::StoreOptions| ObjectClient::new(options.clone());
+    config.stores.iter().map(client).collect::<Result<_, _>>().map_err(|error| CliError::Usage(error.to_string()))
+}
+
+async fn serve(config: Config, model: PathBuf, stores: Vec<ObjectClient>) -> Result<Status, CliError> {
+    let (handle, shutdown) = shutdown::channel();
+    shutdown::on_signals(handle, told).map_err(|error| CliError::Internal(format!("signals: {error}")))?;
+    let health = Health::default();
+    let start = health.component("start");
+    let listener = http::bind(config.listen)
+        .await
+        .map_err(|error| CliError::Unavailable(format!("[http] listen {}: {error}", config.listen)))?;
+    let over = CancellationToken::new();
+    let answering = tokio::spawn(http::serve(listener, health.clone(), over.clone().cancelled_owned()));
+    let Some(store) = open_store(&config, &shutdown).await? else { return Ok(Status::Done) };
+    let daemon = Daemon { config, stores, store, health, start };
+    let ended = daemon.run(&model, shutdown).await;
+    over.cancel();
+    // It only answers questions; that it failed was its asker's to see.
+    let _ = answering.await;
+    daemon.store.close().await;
+    ended.map(|()| Status::Done)
+}
+
+/// Waits for the database; nothing if told to stop before.
+async fn open_store(config: &Config, shutdown: &Shutdown) -> Result<Option<Arc<dyn Store>>, CliError> {
+    let deadline = tokio::time::Instant::now() + START_WITHIN;
+    loop {
+        match store::open(&config.database, Access::Worker, config.work.retry).await {
+            Ok(store) => return Ok(Some(store)),
+            Err(error) if error.is_transient() && tokio::time::Instant::now() < deadline => {
+                warn!(error.message = %error, "waiting for the database");
+                tokio::select! {
+                    () = shutdown.draining() => return Ok(None),
+                    () = tokio::time::sleep(START_WAIT) => {}
+                }
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Everything that was opened.
+struct Daemon {
+    config: Config,
+    stores: Vec<ObjectClient>,
+    store: Arc<dyn Store>,
+    health: Health,
+    /// Ready when every other part is at least known.
+    start: Component,
+}
+
+impl Daemon {
+    async fn run(&self, model: &Path, shutdown: Shutdown) -> Result<(), CliError> {
+        let engine = self.start_engine(model).await?;
+        let parts = Parts {
+            store: self.store.clone(),
+            documents: self.documents(),
+            prompter: Arc::new(prompter(model)?),
+            engine,
+            events: Arc::new(events::Telemetry),
+        };
+        let doors = self.open_doors(&shutdown);
+        let flushed = CancellationToken::new();
+        let outbox = self
+            .dispatcher()
+            .map(|outbox| tokio::spawn(outbox.run(flushed.clone().cancelled_owned(), shutdown.clone())));
+        self.start.ready();
+        info!(worker.pid = process::id(), "serving");
+        let worked = Pipeline::new(parts, self.settings()).run(shutdown.clone()).await;
+        flushed.cancel();
+        for task in doors.into_iter().chain(outbox) {
+            if let Err(error) = task.await {
+                warn!(error.message = %error, "a task of the daemon ended badly");
+            }
+        }
+        worked.map_err(|error| CliError::Internal(error.to_string()))
+    }
+
+    async fn start_engine(&self, model: &Path) -> Result<Arc<SupervisedEngine>, CliError> {
+        let health = self.health.component("engine");
+        let options = self.engine_options(model)?;
+        let started = tokio::task::spawn_blocking(move || SupervisedEngine::start(options, health)).await;
+        let started = started.map_err(|error| CliError::Internal(error.to_string()))?;
+        started.map(Arc::new).map_err(|reason| CliError::Unavailable(format!("the engine does not start: {reason}")))
+    }
+
+    fn engine_options(&self, model: &Path) -> Result<EngineOptions, CliError> {
+        let engine = &self.config.engine;
+        let mut options = engine.process.clone();
+        if options.program.is_empty() {
+            let own = std::env::current_exe().map_err(|error| CliError::Internal(format!("own program: {error}")))?;
+            let text = |path: &Path| path.display().to_string();
+            options.program = vec![text(&own), "engine".to_owned(), "--model".to_owned(), text(model)];
+            options.program.extend(["--ranks".to_owned(), engine.ranks.to_string()]);
+            if let Some(heads) = &engine.heads {
+                options.program.extend(["--heads".to_owned(), text(heads)]);
+            }
+            if let Some(threads) = engine.threads {
+                options.program.extend(["--threads".to_owned(), threads.to_string()]);
+            }
+        }
+        Ok(options)
+    }
+
+    fn documents(&self) -> Arc<dyn DocumentSource> {
+        Arc::new(AllowedSource::new(self.config.locations.clone(), S3Source::new(self.stores.clone())))
+    }
+
+    fn open_doors(&self, shutdown: &Shutdown) -> Vec<tokio::task::JoinHandle<()>> {
+        let mut doors = Vec::new();
+        if let Some(amqp) = &self.config.amqp {
+            doors.push(tokio::spawn(self.intake(amqp).run(shutdown.clone())));
+        }
+        for drop in &self.config.drops {
+            let folder = DropFolder {
+                profile: drop.clone(),
+                stores: self.stores.clone(),
+                store: self.store.clone(),
+                max_document_bytes: self.config.work.max_document_bytes,
+                health: self.health.component("drop folder"),
+            };
+            doors.push(tokio::spawn(folder.run(shutdown.clone())));
+        }
+        doors
+    }
+
+    fn intake(&self, amqp: &AmqpConfig) -> AmqpIntake {
+        AmqpIntake {
+            broker: amqp.broker.clone(),
+            topology: amqp.topology.clone(),
+            terms: Terms {
+                limits: amqp.limits,
+                locations: self.config.locations.clone(),
+                reply_targets: amqp.reply_targets.clone(),
+            },
+            admission: amqp.admission,
+            store: self.store.clone(),
+            health: self.health.component("intake"),
+        }
+    }
+
+    fn dispatcher(&self) -> Option<Dispatcher> {
+        let amqp = self.config.amqp.as_ref()?;
+        Some(Dispatcher {
+            broker: amqp.broker.clone(),
+            store: self.store.clone(),
+            poll: self.config.work.poll,
+            health: self.health.component("outbox"),
+        })
+    }
+
+    fn settings(&self) -> Settings {
+        let work = &self.config.work;
+        let host = std::fs::read_to_string(HOST_NAME).unwrap_or_else(|_| "worker".to_owned());
+        Settings {
+            worker: WorkerId::unique(host.trim(), process::id()),
+            lease: work.lease,
+            ahead: work.ahead,
+            poll: work.poll,
+            only: None,
+            models: self.config.engine.names.clone(),
+            claim_at_most_bytes: Some(work.max_document_bytes),
+            document_at_most_bytes: work.max_document_bytes,
+            retry: work.retry,
+            grace: work.grace,
+        }
+    }
+}
+
+fn told(phase: Phase) {
+    match phase {
+        Phase::Working => {}
+        Phase::Draining => info!("draining: nothing new is taken in, what runs may end within the grace"),
+        Phase::Stopping => {
+            // What is held is claimed again when its lease has run out.
+            console::line("stopped at once");
+            process::exit(1);
+        }
+    }
+}

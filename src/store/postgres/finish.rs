@@ -1,0 +1,224 @@
+//! The end of an attempt: everything it leaves behind, in one transaction that a stale worker can not make.
+//!
+//! Invariant: the job's state, its result, its timing, the sums of the reports and its completion event are written together
+//! or not at all.
+
+use sqlx::{Postgres, Transaction};
+
+use super::PostgresStore;
+use super::rows::interval;
+use crate::job::clean::clean;
+use crate::job::retry::{FailureCounter, Verdict};
+use crate::job::{JobError, JobResult, Stage};
+use crate::store::{AttemptReport, Ending, JobState, Lease, StoreError, event, name_of};
+
+/// Only the attempt that is the job's own, while it runs. `$4` is the wait before the job can be claimed again.
+const END: &str = "\
+UPDATE jobs SET state = CASE WHEN $3 = 'queued' AND cancel_requested THEN 'cancelled' ELSE $3 END, available_at = now() + $4, \
+                finished_at = CASE WHEN $3 = 'queued' AND NOT cancel_requested THEN NULL ELSE now() END, \
+                worker = NULL, lease_until = NULL, progress = NULL, \
+                suspect_failures = suspect_failures + $5, infra_failures = infra_failures + $6, \
+                error_code = $7, error_message = $8, tokens_in = coalesce($9, tokens_in), tokens_out = coalesce($10, tokens_out), \
+                served_by = coalesce($11, served_by) \
+WHERE job_id = $1 AND attempt = $2 AND state = 'running' RETURNING state";
+
+const END_WAITING: &str = "\
+UPDATE jobs SET state = $3, finished_at = now(), error_code = $4, error_message = $5 WHERE job_id = $1 AND attempt = $2 AND state = 'queued'";
+
+const END_ATTEMPT: &str = "\
+UPDATE attempts SET ended_at = now(), outcome = $3, error_code = $4, error_message = $5, queue_ms = $6, fetch_ms = $7, decode_ms = $8, \
+                    tokenize_ms = $9, prefill_ms = $10, generate_ms = $11, record_ms = $12 \
+WHERE job_id = $1 AND attempt = $2";
+
+const DOCUMENT: &str = "\
+UPDATE documents SET bytes = $3, digest = $4, version_id = $5, etag = $6, media_type = $7, encoding = $8, tokens = $9 \
+WHERE job_id = $1 AND position = $2";
+
+/// A job that was replayed after a result has a new one.
+const RESULT: &str = "\
+INSERT INTO results (job_id, attempt, text, extraction, tokens_in, tokens_out, stop, model, model_digest, device, plan, approximate_attention, \
+                     input_truncated, overflow, output_truncated, schema_failed, text_cleaned) \
+VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17) \
+ON CONFLICT (job_id) DO UPDATE SET \
+    (attempt, text, extraction, tokens_in, tokens_out, stop, model, model_digest, device, plan, approximate_attention, \
+     input_truncated, overflow, output_truncated, schema_failed, text_cleaned) = \
+    (excluded.attempt, excluded.text, excluded.extraction, excluded.tokens_in, excluded.tokens_out, excluded.stop, excluded.model, \
+     excluded.model_digest, excluded.device, excluded.plan, excluded.approximate_attention, excluded.input_truncated, \
+     excluded.overflow, excluded.output_truncated, excluded.schema_failed, excluded.text_cleaned)";
+
+const EVENT: &str = "\
+INSERT INTO outbox (event_id, job_id, target, correlation_id, body, available_at) \
+SELECT $2, job_id, reply_target, reply_correlation, $3, now() FROM jobs WHERE job_id = $1 AND reply_target IS NOT NULL \
+ON CONFLICT DO NOTHING";
+
+impl PostgresStore {
+    pub(super) async fn finish_attempt(&self, lease: Lease, report: &AttemptReport) -> Result<bool, StoreError> {
+        let report = report.storable();
+        let mut transaction = self.begin("finish").await?;
+        if !self.end_attempt(&mut transaction, lease, &report, report.ending.outcome()).await? {
+            return Ok(false);
+        }
+        self.commit("finish", transaction).await?;
+        Ok(true)
+    }
+
+    /// `false`: the attempt is not the job's any more, and nothing was written.
+    pub(super) async fn end_attempt(
+        &self,
+        transaction: &mut Transaction<'_, Postgres>,
+        lease: Lease,
+        report: &AttemptReport,
+        outcome: &str,
+    ) -> Result<bool, StoreError> {
+        let ended = self.end_job(transaction, lease, &report.ending).await?;
+        let Some(state) = ended else { return Ok(false) };
+        self.write_attempt(transaction, lease, report, outcome).await?;
+        self.write_documents(transaction, lease, report).await?;
+        if let Ending::Succeeded(result) = &report.ending {
+            self.write_result(transaction, lease, result).await?;
+        }
+        // A job that was to be tried again, but that somebody wants stopped, has ended all the same.
+        match (&report.ending, state) {
+            (Ending::Errored { error, .. }, JobState::Cancelled) => {
+                let ending = Ending::Errored { error: error.clone(), verdict: Verdict::Cancelled };
+                self.write_event(transaction, lease, &ending).await?;
+            }
+            (ending, _) => self.write_event(transaction, lease, ending).await?,
+        }
+        Ok(true)
+    }
+
+    /// Ends a job that no worker holds.
+    pub(super) async fn end_waiting(
+        &self,
+        transaction: &mut Transaction<'_, Postgres>,
+        lease: Lease,
+        error: JobError,
+        verdict: Verdict,
+    ) -> Result<(), StoreError> {
+        let ending = Ending::Errored { error: error.clone(), verdict };
+        sqlx::query(END_WAITING)
+            .bind(lease.job.uuid())
+            .bind(lease.attempt.get() as i32)
+            .bind(ending.state().as_str())
+            .bind(error.code.as_str())
+            .bind(error.message)
+            .execute(&mut **transaction)
+            .await
+            .map_err(|error| self.error("end_waiting", error))?;
+        self.write_event(transaction, lease, &ending).await
+    }
+
+    async fn end_job(
+        &self,
+        transaction: &mut Transaction<'_, Postgres>,
+        lease: Lease,
+        ending: &Ending,
+    ) -> Result<Option<JobState>, StoreError> {
+        let (wait, counter) = ending.consequences();
+        let (error, result) = (ending.error(), ending.result());
+        let row = sqlx::query(END)
+            .bind(lease.job.uuid())
+            .bind(lease.attempt.get() as i32)
+            .bind(ending.state().as_str())
+            .bind(interval(wait))
+            .bind(i32::from(counter == Some(FailureCounter::Suspect)))
+            .bind(i32::from(counter == Some(FailureCounter::Infra)))
+            .bind(error.map(|error| error.code.as_str()))
+            .bind(error.map(|error| error.message.as_str()))
+            .bind(result.map(|result| result.tokens_in.0 as i64))
+            .bind(result.map(|result| result.tokens_out.0 as i64))
+            .bind(result.map(|result| result.model.as_str()))
+            .fetch_optional(&mut **transaction)
+            .await
+            .map_err(|error| self.error("finish", error))?;
+        row.map(|row| self.parsed("finish", "state", &row)).transpose()
+    }
+
+    async fn write_attempt(
+        &self,
+        transaction: &mut Transaction<'_, Postgres>,
+        lease: Lease,
+        report: &AttemptReport,
+        outcome: &str,
+    ) -> Result<(), StoreError> {
+        let error = report.ending.error();
+        let mut query = sqlx::query(END_ATTEMPT)
+            .bind(lease.job.uuid())
+            .bind(lease.attempt.get() as i32)
+            .bind(outcome)
+            .bind(error.map(|error| error.code.as_str()))
+            .bind(error.map(|error| error.message.as_str()));
+        for stage in Stage::ALL {
+            query = query.bind(report.stages.get(stage).map(|time| time.as_secs_f64() * 1000.0));
+        }
+        query.execute(&mut **transaction).await.map(drop).map_err(|error| self.error("finish", error))
+    }
+
+    async fn write_documents(
+        &self,
+        transaction: &mut Transaction<'_, Postgres>,
+        lease: Lease,
+        report: &AttemptReport,
+    ) -> Result<(), StoreError> {
+        for (facts, position) in report.documents.iter().zip(0_i32..) {
+            sqlx::query(DOCUMENT)
+                .bind(lease.job.uuid())
+                .bind(position)
+                .bind(facts.bytes.map(|bytes| bytes as i64))
+                .bind(facts.digest.map(|digest| digest.to_string()))
+                .bind(facts.version_id.as_deref().map(clean))
+                .bind(facts.etag.as_deref().map(clean))
+                .bind(facts.media_type.as_deref().map(clean))
+                .bind(facts.encoding.as_deref().map(clean))
+                .bind(facts.tokens.map(|tokens| tokens.0 as i64))
+                .execute(&mut **transaction)
+                .await
+                .map_err(|error| self.error("finish", error))?;
+        }
+        Ok(())
+    }
+
+    async fn write_result(
+        &self,
+        transaction: &mut Transaction<'_, Postgres>,
+        lease: Lease,
+        result: &JobResult,
+    ) -> Result<(), StoreError> {
+        let flags = &result.flags;
+        let plan = serde_json::to_value(&result.plan).map_err(|error| self.corrupt("finish", "plan", error))?;
+        sqlx::query(RESULT)
+            .bind(lease.job.uuid())
+            .bind(lease.attempt.get() as i32)
+            .bind(&result.text)
+            .bind(&result.extraction)
+            .bind(result.tokens_in.0 as i64)
+            .bind(result.tokens_out.0 as i64)
+            .bind(name_of(&result.stop))
+            .bind(&result.model)
+            .bind(&result.model_digest)
+            .bind(&result.device)
+            .bind(plan)
+            .bind(flags.approximate_attention)
+            .bind(flags.input_truncated)
+            .bind(flags.overflow.as_str())
+            .bind(flags.output_truncated)
+            .bind(flags.schema_failed)
+            .bind(flags.text_cleaned)
+            .execute(&mut **transaction)
+            .await
+            .map(drop)
+            .map_err(|error| self.error("finish", error))
+    }
+
+    async fn write_event(
+        &self,
+        transaction: &mut Transaction<'_, Postgres>,
+        lease: Lease,
+        ending: &Ending,
+    ) -> Result<(), StoreError> {
+        let Some(body) = event::body(lease, ending) else { return Ok(()) };
+        let query = sqlx::query(EVENT).bind(lease.job.uuid()).bind(lease.job.event_id(lease.attempt)).bind(body);
+        query.execute(&mut **transaction).await.map(drop).map_err(|error| self.error("finish", error))
+    }
+}

@@ -1,0 +1,295 @@
+//! A daemon as a process, with a database of its own, and what looks at it from outside.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use apbd::intake::amqp::{Broker, Message, Publisher, Topology};
+use apbd::job::JobId;
+use apbd::job::retry::RetryPolicy;
+use apbd::store::{Access, JobDetail, JobFilter, JobState, JobSummary, Store, StoreUrl, open};
+use apbd::telemetry::health::Health;
+use lapin::options::{BasicGetOptions, QueueDeclareOptions};
+use lapin::types::FieldTable;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::services::{free_port, rabbitmq};
+
+/// Long enough for a machine that compiles at the same time; nothing is measured by it.
+pub const SOON: Duration = Duration::from_secs(60);
+
+/// A place for daemons: a folder of documents, a database, a queue.
+pub struct Site {
+    pub directory: TempDir,
+    pub queue: String,
+    pub broker_url: String,
+    pub extra: String,
+    pub variables: BTreeMap<String, String>,
+}
+
+impl Site {
+    /// With a queue of its own on the shared broker.
+    pub fn new() -> Self {
+        Self::on(&rabbitmq::shared().url())
+    }
+
+    /// On a broker of the test's own.
+    pub fn on(broker_url: &str) -> Self {
+        let directory = TempDir::new().expect("a temporary directory");
+        fs::create_dir(directory.path().join("documents")).expect("made");
+        let site = Self {
+            directory,
+            queue: format!("jobs-{}", JobId::random()),
+            broker_url: broker_url.to_owned(),
+            extra: String::new(),
+            variables: BTreeMap::new(),
+        };
+        site.document("plain.txt", "A few words to read.");
+        site
+    }
+
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// Writes a document and returns its URI.
+    pub fn document(&self, name: &str, text: &str) -> String {
+        let path = self.path("documents").join(name);
+        fs::write(&path, text).expect("written");
+        format!("file://{}", path.display())
+    }
+
+    pub fn database(&self) -> StoreUrl {
+        StoreUrl::Sqlite(self.path("jobs.db"))
+    }
+
+    /// Writes the configuration.
+    pub fn configuration(&self, port: u16) -> PathBuf {
+        let engine = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/daemon/scripted_engine.py");
+        let text = format!(
+            "[database]\nurl = \"{}\"\n[amqp]\nurl = \"{}\"\nqueue = \"{}\"\nreply_targets = [\"done-*\"]\nwindow = 50\nprefetch = 20\n\
+             [files]\nfolders = [\"{}\"]\n[engine]\ncommand = [\"python3\", \"{engine}\"]\nsilence_floor_s = 2\n\
+             [work]\nlease_s = 3\npoll_ms = 20\ngrace_s = 2\nmax_attempts = 2\n[http]\nlisten = \"127.0.0.1:{port}\"\n{}",
+            self.database(),
+            self.broker_url,
+            self.queue,
+            self.path("documents").display(),
+            self.extra,
+        );
+        let path = self.path(&format!("apbd-{port}.toml"));
+        fs::write(&path, text).expect("written");
+        path
+    }
+
+    /// Starts a daemon.
+    pub fn start(&self) -> Daemon {
+        let port = free_port();
+        let log = self.path(&format!("daemon-{port}.log"));
+        let child = Command::new(env!("CARGO_BIN_EXE_apbd"))
+            .args(["--log", "info", "serve", "--config"])
+            .arg(self.configuration(port))
+            .envs(&self.variables)
+            .stdin(Stdio::null())
+            .stderr(fs::File::create(&log).expect("a log"))
+            .spawn()
+            .expect("started");
+        Daemon { child, port, log }
+    }
+
+    /// Opens the database to look; a daemon makes it.
+    pub async fn store(&self) -> Arc<dyn Store> {
+        let start = Instant::now();
+        loop {
+            match open(&self.database(), Access::Client, RetryPolicy::default()).await {
+                Ok(store) => return store,
+                Err(error) => assert!(start.elapsed() < SOON, "{error}"),
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    }
+
+    /// A publisher, with the queues declared.
+    pub async fn publisher(&self) -> Publisher {
+        let broker = Broker::new(&self.broker_url, None, "test").expect("a broker");
+        let publisher = Publisher::connect(&broker, &Health::default().component("test")).await.expect("connected");
+        Topology::named(&self.queue).ensure(&broker, publisher.channel()).await.expect("declared");
+        publisher
+    }
+
+    /// Sends a job that does what `seed` says.
+    pub async fn send(&self, publisher: &Publisher, seed: u64) -> JobId {
+        let id = JobId::random();
+        let uri = format!("file://{}", self.path("documents/plain.txt").display());
+        let body = json!({ "version": 1, "task": "summarise", "documents": [{ "uri": uri }], "seed": seed, "max_new_tokens": 30 });
+        self.send_raw(publisher, id, &body, None).await;
+        id
+    }
+
+    /// Sends any JSON.
+    pub async fn send_raw(&self, publisher: &Publisher, id: JobId, body: &Value, reply_to: Option<&str>) {
+        let body = body.to_string();
+        let message = Message {
+            exchange: "",
+            routing_key: &self.queue,
+            id: id.to_string(),
+            correlation_id: reply_to.map(|_| "mark"),
+            reply_to,
+            headers: Vec::new(),
+            body: body.as_bytes(),
+        };
+        publisher.publish(&message).await.expect("published");
+    }
+}
+
+/// A daemon; killed when dropped.
+pub struct Daemon {
+    child: Child,
+    pub port: u16,
+    log: PathBuf,
+}
+
+impl Daemon {
+    pub fn signal(&self, name: &str) {
+        let status = Command::new("sh").args(["-c", "kill -$0 $1", name, &self.child.id().to_string()]).status();
+        assert!(status.expect("kill runs").success());
+    }
+
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().expect("asked").is_none()
+    }
+
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+
+    /// Waits for its end; its exit code.
+    pub fn ended(&mut self, within: Duration) -> Option<i32> {
+        let start = Instant::now();
+        loop {
+            if let Some(status) = self.child.try_wait().expect("asked") {
+                return status.code();
+            }
+            assert!(start.elapsed() < within, "the daemon has not ended:\n{}", self.log());
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    pub fn log(&self) -> String {
+        fs::read_to_string(&self.log).unwrap_or_default()
+    }
+
+    /// Status and body of a GET.
+    pub fn get(&self, path: &str) -> Option<(u16, String)> {
+        let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, self.port)).ok()?;
+        write!(stream, "GET {path} HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").ok()?;
+        let mut text = String::new();
+        stream.read_to_string(&mut text).ok()?;
+        let status = text.split(' ').nth(1)?.parse().ok()?;
+        Some((status, text.split_once("\r\n\r\n")?.1.to_owned()))
+    }
+
+    /// Waits until it says that it is ready.
+    pub async fn ready(&self) {
+        until("the daemon is ready", || async { self.get("/readyz").is_some_and(|(status, _)| status == 200) }).await;
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.kill();
+        if std::thread::panicking() {
+            eprintln!("log of the daemon:\n{}", self.log());
+        }
+    }
+}
+
+/// Waits for something.
+pub async fn until<F: Future<Output = bool>>(what: &str, mut is: impl FnMut() -> F) {
+    let start = Instant::now();
+    while !is().await {
+        assert!(start.elapsed() < SOON, "not within {SOON:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(30)).await;
+    }
+}
+
+pub async fn all(store: &dyn Store) -> Vec<JobSummary> {
+    let filter = JobFilter { states: Vec::new(), only: None, limit: 10_000 };
+    store.list(&filter).await.expect("listed")
+}
+
+/// Waits until so many jobs are there and none is unfinished.
+pub async fn settled(store: &dyn Store, count: usize) -> Vec<JobSummary> {
+    let start = Instant::now();
+    loop {
+        let jobs = all(store).await;
+        if jobs.len() == count && jobs.iter().all(|job| job.state.is_final()) {
+            return jobs;
+        }
+        assert!(
+            start.elapsed() < 2 * SOON,
+            "{} of {count} jobs are there, unfinished: {:?}",
+            jobs.len(),
+            jobs.iter().filter(|job| !job.state.is_final()).count()
+        );
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+/// Waits for the end of a job.
+pub async fn ended(store: &dyn Store, job: JobId) -> JobDetail {
+    let start = Instant::now();
+    loop {
+        if let Some(detail) = store.show(job).await.expect("shown").filter(|detail| detail.summary.state.is_final()) {
+            return detail;
+        }
+        assert!(start.elapsed() < SOON, "the job has not ended");
+        tokio::time::sleep(Duration::from_millis(30)).await;
+    }
+}
+
+pub async fn succeeded(store: &dyn Store, job: JobId) -> JobDetail {
+    let detail = ended(store, job).await;
+    assert_eq!(detail.summary.state, JobState::Succeeded, "{:?}", detail.summary.error);
+    detail
+}
+
+/// Takes a message out of a queue, if one comes soon.
+pub async fn message(publisher: &Publisher, queue: &str) -> lapin::message::Delivery {
+    let start = Instant::now();
+    loop {
+        let options = BasicGetOptions { no_ack: true };
+        if let Some(message) = publisher.channel().basic_get(queue.into(), options).await.expect("asked") {
+            return message.delivery;
+        }
+        assert!(start.elapsed() < SOON, "nothing comes to {queue}");
+        tokio::time::sleep(Duration::from_millis(30)).await;
+    }
+}
+
+/// Messages that are ready in a queue.
+pub async fn waiting(publisher: &Publisher, queue: &str) -> u32 {
+    let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+    publisher
+        .channel()
+        .queue_declare(queue.into(), options, FieldTable::default())
+        .await
+        .expect("there")
+        .message_count()
+}
+
+pub async fn declare(publisher: &Publisher, queue: &str) {
+    let options = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+    publisher.channel().queue_declare(queue.into(), options, FieldTable::default()).await.expect("declared");
+}
+
+pub fn apbd(arguments: &[&str], input: &Path) -> std::process::Output {
+    let input = fs::File::open(input).expect("an input");
+    Command::new(env!("CARGO_BIN_EXE_apbd")).args(arguments).stdin(input).output().expect("run")
+}
