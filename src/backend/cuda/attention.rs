@@ -274,12 +274,16 @@ impl Attention {
 }
 
 fn hopper_kernel(modules: &Modules, head_dim: usize) -> Result<Kernel, BackendError> {
-    let (rows, keys, stages) = (128, 128, 2);
-    let name = if head_dim == 128 { "attention_hopper_128" } else { "attention_hopper_64" };
+    let stages = 2;
+    let (name, rows, keys) = match head_dim {
+        128 => ("attention_hopper_128", 192, 80),
+        _ => ("attention_hopper_64", 128, 128),
+    };
     // Query tile, rings of keys and values, barriers.
     let shared = rows * head_dim * 2 + 2 * stages * keys * head_dim * 2 + 1024;
     let function = modules.function("attention/hopper", name, shared)?;
-    Ok(Kernel { function, rows, keys, threads: 384, resident: 1, least_tiles: 1 })
+    // A warpgroup for every 64 rows, and the producer's.
+    Ok(Kernel { function, rows, keys, threads: 128 * (rows / 64 + 1), resident: 1, least_tiles: 1 })
 }
 
 fn mma_kernel(modules: &Modules, head_dim: usize, family: Family) -> Result<Kernel, BackendError> {

@@ -17,6 +17,8 @@ use crate::backend::BackendError;
 
 /// What the library advises for Hopper.
 const WORKSPACE_BYTES: usize = 32 << 20;
+/// `CUBLAS_OP_T`, which the binding of cuBLASLt does not have.
+const TRANSPOSED: i32 = 1;
 /// Shapes that are kept; a document brings a few dozen.
 const MOST_PLANS: usize = 1024;
 
@@ -145,7 +147,7 @@ impl Plan {
             algorithm: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
         };
         use sys::cublasLtMatmulDescAttributes_t as Attribute;
-        plan.set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &(sys::cublasOperation_t::CUBLAS_OP_T as i32))?;
+        plan.set(Attribute::CUBLASLT_MATMUL_DESC_TRANSA, &TRANSPOSED)?;
         if form.bias {
             let epilogue = sys::cublasLtEpilogue_t::CUBLASLT_EPILOGUE_BIAS as i32;
             plan.set(Attribute::CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue)?;
