@@ -111,7 +111,12 @@ fn listing(out: &Path, jobs: &[Job]) -> String {
     let mut text = String::from("&[\n");
     for job in jobs {
         let file = cubin(out, job);
-        text += &format!("    ({:?}, {:?}, include_bytes!({:?})),\n", job.module, job.architecture, file.display().to_string());
+        text += &format!(
+            "    ({:?}, {:?}, include_bytes!({:?})),\n",
+            job.module,
+            job.architecture,
+            file.display().to_string()
+        );
     }
     text + "]\n"
 }

@@ -317,6 +317,12 @@ pub trait Backend: Send + Sync {
         head: &Self::Weight,
     ) -> Result<Vec<f32>, BackendError>;
 
+    /// Called between layers. A device that runs behind the host lets it get ahead by a few calls at most, so that a caller who
+    /// is told of progress, or cancels, is not told long before the device has come there.
+    fn pace(&self) -> Result<(), BackendError> {
+        Ok(())
+    }
+
     /// Waits until everything issued has been done, and reports a device error if there was one.
     fn synchronize(&self) -> Result<(), BackendError>;
 }

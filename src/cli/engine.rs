@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
+use super::device::DeviceArgs;
 use super::{CliError, Status};
-use crate::engine::{LocalEngine, LocalOptions};
 use crate::supervise::child;
 
 /// Arguments of `apbd engine`.
@@ -15,20 +15,14 @@ pub struct Args {
     /// Retaining heads.
     #[arg(long, value_name = "FILE")]
     heads: Option<PathBuf>,
-    /// Ranks at most.
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    ranks: usize,
-    /// Threads of all ranks together.
-    #[arg(long, value_name = "N")]
-    threads: Option<usize>,
+    #[command(flatten)]
+    device: DeviceArgs,
 }
 
 impl Args {
     /// Serves until the other side closes.
     pub fn execute(self) -> Result<Status, CliError> {
-        let mut options = LocalOptions { heads: self.heads, ranks: self.ranks, ..LocalOptions::default() };
-        options.threads = self.threads.unwrap_or(options.threads);
-        let open = || LocalEngine::open(&self.model, &options).map_err(|error| error.to_string());
+        let open = || self.device.open(&self.model, self.heads.as_deref()).map_err(|error| error.to_string());
         child::serve(open).map_err(|error| CliError::Internal(format!("the daemon's socket: {error}")))?;
         Ok(Status::Done)
     }

@@ -9,11 +9,12 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use crate::engine::devices::Devices;
-use crate::engine::{Driver, Engine, EngineError, Job, LocalEngine, LocalOptions, ModelEngine, Progress};
+use crate::engine::{Driver, Engine, EngineError, Job, ModelEngine, Progress};
 use crate::generate::generator::Step;
 use crate::generate::sampler::argmax;
 use crate::plan::{AttentionMode, AttentionRequest, PrefillPlan, Selector};
 
+use super::device::{BackendName, DeviceArgs};
 use super::{CliError, Status};
 
 /// Arguments of `apbd forward`.
@@ -55,15 +56,8 @@ pub struct Args {
     /// Greedy tokens to generate.
     #[arg(long, value_name = "N", default_value_t = 1)]
     steps: usize,
-    /// Where to compute.
-    #[arg(long, value_enum, default_value_t = BackendName::Cpu)]
-    backend: BackendName,
-    /// Ranks: threads on the CPU, GPUs with cuda. Changes speed, not results.
-    #[arg(long, value_name = "N", default_value_t = 1)]
-    ranks: usize,
-    /// CPU threads of all ranks together; by default as many as the machine has.
-    #[arg(long, value_name = "N")]
-    threads: Option<usize>,
+    #[command(flatten)]
+    device: DeviceArgs,
 }
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
@@ -81,12 +75,6 @@ enum SelectorName {
     QueryAware,
     Random,
     None,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum BackendName {
-    Cpu,
-    Cuda,
 }
 
 /// Token ids; other keys are ignored, so that a file with expected results can be given as it is.
@@ -109,21 +97,13 @@ impl Args {
     /// Runs the model and prints one JSON object.
     pub fn execute(self) -> Result<Status, CliError> {
         let input = read(&self.input)?;
-        if self.ranks == 0 || self.threads == Some(0) {
-            return Err(CliError::Usage("--ranks and --threads have to be at least 1".to_owned()));
-        }
-        match self.backend {
-            BackendName::Cpu => {
-                let mut options =
-                    LocalOptions { heads: self.heads.clone(), ranks: self.ranks, ..LocalOptions::default() };
-                options.threads = self.threads.unwrap_or(options.threads);
-                let engine =
-                    LocalEngine::open(&self.model, &options).map_err(|error| CliError::Usage(error.to_string()))?;
-                self.forward(&engine, &input)
-            }
-            BackendName::Cuda => Err(CliError::Usage(
-                "--backend cuda is not in this build; build with `--features cuda`, or use --backend cpu".to_owned(),
-            )),
+        let heads = self.heads.as_deref();
+        match self.device.backend {
+            BackendName::Cpu => self.forward(&self.device.open_cpu(&self.model, heads)?, &input),
+            #[cfg(feature = "cuda")]
+            BackendName::Cuda => self.forward(&self.device.open_cuda(&self.model, heads)?, &input),
+            #[cfg(not(feature = "cuda"))]
+            BackendName::Cuda => Err(super::device::no_cuda()),
         }
     }
 

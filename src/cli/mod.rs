@@ -5,9 +5,11 @@
 //!
 //! Invariant: only here is something parsed from arguments or printed; the exit codes are those of [`Status`] and [`CliError`].
 
+pub mod bench;
 pub mod cancel;
 pub mod check;
 mod database;
+mod device;
 pub mod engine;
 pub mod forward;
 pub mod heads;
@@ -67,6 +69,8 @@ pub enum Command {
     Migrate(migrate::Args),
     /// Run token ids through a model and print logits, for comparison with other implementations.
     Forward(forward::Args),
+    /// Measure the engine's speed on a GPU, with random weights of real models' shapes.
+    Bench(bench::Args),
     /// Convert published retaining heads.
     Heads(heads::Args),
 }
@@ -87,6 +91,7 @@ impl Command {
             Self::Report(args) => args.execute(),
             Self::Migrate(args) => args.execute(),
             Self::Forward(args) => args.execute(),
+            Self::Bench(args) => args.execute(),
             Self::Heads(args) => args.execute(),
         }
     }

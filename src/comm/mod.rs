@@ -9,6 +9,7 @@
 #[cfg(test)]
 pub(crate) mod conformance;
 pub mod local;
+pub mod solo;
 
 /// Why a collective did not complete.
 #[derive(Debug, Clone, thiserror::Error)]

@@ -43,6 +43,7 @@ impl<'a> Control<'a> {
         rank: &Rank<'_, B, C>,
         progress: Progress,
     ) -> Result<(), RankError> {
+        rank.backend.pace()?;
         let go_on = self.driver.as_mut().is_none_or(|driver| driver.progress(progress));
         match rank.comm.broadcast(ROOT, if go_on { GO_ON } else { STOP })? {
             STOP => Err(RankError::Cancelled),

@@ -2,25 +2,21 @@
 //!
 //! Invariant: the threads of all ranks together are never more than were given, unless there are more ranks than threads.
 
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::available_parallelism;
 use std::time::Duration;
 
-use crate::backend::BackendError;
 use crate::backend::cpu::Cpu;
 use crate::comm::local::LocalComm;
-use crate::generate::vocabulary::Vocabulary;
-use crate::model::tokenizer::{Tokenizer, TokenizerError};
+use crate::model::ModelSpec;
 use crate::model::weights::Weights;
-use crate::model::{ModelError, ModelSpec};
 
+use super::EngineError;
 use super::devices::{Devices, Memory};
-use super::digest::model_digest;
 use super::host_memory::available_bytes;
+use super::open::OpenError;
 use super::service::ModelEngine;
-use super::{EngineError, HEADS_FILE};
 
 /// How long a rank waits for the others in a collective. One that fails is noticed at once; this is for one that is stuck, and
 /// far longer than the layer of any context that a processor can be asked to read.
@@ -49,23 +45,6 @@ impl Default for LocalOptions {
     }
 }
 
-/// Why a model could not be opened.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// Its files are missing or wrong.
-    #[error(transparent)]
-    Model(#[from] ModelError),
-    /// Its tokenizer is wrong.
-    #[error(transparent)]
-    Tokenizer(#[from] TokenizerError),
-    /// The processor could not be used.
-    #[error(transparent)]
-    Backend(#[from] BackendError),
-    /// A file could not be read.
-    #[error("{}: {source}", path.display())]
-    Io { path: PathBuf, source: io::Error },
-}
-
 /// The processor, with the weights in this process's memory.
 pub struct CpuDevices {
     weights: Weights<Cpu>,
@@ -80,31 +59,16 @@ pub type LocalEngine = ModelEngine<CpuDevices>;
 impl ModelEngine<CpuDevices> {
     /// Opens a model directory: `config.json` and weights, a tokenizer if there is one, retaining heads if there are any.
     pub fn open(directory: &Path, options: &LocalOptions) -> Result<Self, OpenError> {
-        let spec = ModelSpec::load(directory)?;
-        let own_heads = directory.join(HEADS_FILE);
-        let heads = options.heads.clone().or_else(|| own_heads.is_file().then_some(own_heads));
-        let loader = Cpu::new(options.threads.max(1))?;
-        let weights = Weights::load(&loader, directory, &spec, heads.as_deref())?;
-        let digest = model_digest(directory, heads.as_deref())
-            .map_err(|source| OpenError::Io { path: directory.to_owned(), source })?;
-        let vocabulary: Option<Box<dyn Vocabulary>> = match directory.join("tokenizer.json").is_file() {
-            true => Some(Box::new(Tokenizer::load(directory)?)),
-            false => None,
-        };
-        let devices = CpuDevices {
-            weights,
-            ranks: options.ranks.max(1),
-            threads: options.threads.max(1),
-            memory_bytes: options.memory_bytes,
-        };
-        Ok(Self::new(name(directory), digest, spec, devices, vocabulary))
+        Self::open_on(directory, options.heads.as_deref(), |files| {
+            let loader = Cpu::new(options.threads.max(1))?;
+            Ok(CpuDevices {
+                weights: Weights::load(&loader, files.directory, &files.spec, files.heads.as_deref())?,
+                ranks: options.ranks.max(1),
+                threads: options.threads.max(1),
+                memory_bytes: options.memory_bytes,
+            })
+        })
     }
-}
-
-/// The directory's own name, also of `.` and of a link.
-fn name(directory: &Path) -> String {
-    let whole = directory.canonicalize().unwrap_or_else(|_| directory.to_owned());
-    whole.file_name().unwrap_or(whole.as_os_str()).to_string_lossy().into_owned()
 }
 
 impl Devices for CpuDevices {

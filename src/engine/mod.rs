@@ -4,6 +4,8 @@
 
 mod attention;
 mod control;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod decode;
 pub mod devices;
 mod digest;
@@ -11,6 +13,7 @@ mod host_memory;
 mod infer;
 mod kv;
 mod local;
+mod open;
 mod prefill;
 mod rank;
 mod ranks;
@@ -19,8 +22,11 @@ mod service;
 use std::time::Duration;
 
 pub use control::Driver;
+#[cfg(feature = "cuda")]
+pub use cuda::{CudaDevices, CudaEngine, CudaEngineOptions};
 pub use infer::{Job, Timing};
-pub use local::{CpuDevices, LocalEngine, LocalOptions, OpenError};
+pub use local::{CpuDevices, LocalEngine, LocalOptions};
+pub use open::OpenError;
 pub use rank::{Rank, RankError};
 pub use ranks::run;
 pub use service::{MAX_HOSTS, ModelEngine};

@@ -46,6 +46,11 @@ impl<D: Devices> ModelEngine<D> {
         &self.spec
     }
 
+    /// Where it runs.
+    pub fn devices(&self) -> &D {
+        &self.devices
+    }
+
     /// Runs a job with a driver of the caller's own.
     pub fn run(&self, job: &Job<'_>, driver: &mut dyn Driver) -> Result<Timing, EngineError> {
         self.check_tokens(job.context)?;

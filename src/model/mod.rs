@@ -6,6 +6,7 @@ pub mod chat;
 mod config;
 mod error;
 mod load;
+mod random;
 mod rope;
 mod tensors;
 #[cfg(test)]
@@ -16,6 +17,7 @@ pub mod weights;
 
 pub use error::ModelError;
 pub use load::HEADS_FILE;
+pub use random::RandomMatrix;
 
 use crate::backend::HeadShape;
 

@@ -14,7 +14,7 @@ use super::wire::{self, Answer, Ask};
 use crate::engine::{Engine, InferRequest};
 
 /// Serves `open`'s engine until the daemon closes the socket.
-pub fn serve<E: Engine>(open: impl FnOnce() -> Result<E, String>) -> io::Result<()> {
+pub fn serve(open: impl FnOnce() -> Result<Arc<dyn Engine>, String>) -> io::Result<()> {
     let socket = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     let answers = Mutex::new(socket.try_clone()?);
     let answer = |answer: &Answer| wire::write(&mut *answers.lock().unwrap_or_else(PoisonError::into_inner), answer);
@@ -30,7 +30,7 @@ pub fn serve<E: Engine>(open: impl FnOnce() -> Result<E, String>) -> io::Result<
     while let Ok(ask) = asked.recv() {
         match ask {
             Ask::Infer { request } => {
-                let result = infer(&engine, &request, &cancelled, &answer);
+                let result = infer(&*engine, &request, &cancelled, &answer);
                 answer(&Answer::Done { result: result.map(Box::new) })?;
             }
             Ask::Plan { context, query, query_at, attention } => {
@@ -44,7 +44,7 @@ pub fn serve<E: Engine>(open: impl FnOnce() -> Result<E, String>) -> io::Result<
 }
 
 fn infer(
-    engine: &impl Engine,
+    engine: &dyn Engine,
     request: &InferRequest,
     cancelled: &AtomicBool,
     answer: &(impl Fn(&Answer) -> io::Result<()> + Sync),

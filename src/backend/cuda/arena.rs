@@ -18,16 +18,24 @@ const ALIGNMENT_BYTES: usize = 512;
 pub(super) struct Arena {
     context: Arc<Context>,
     base: u64,
-    free: Mutex<FreeList>,
+    bytes: usize,
+    ledger: Mutex<Ledger>,
 }
 
 /// Free pieces: offset to length.
 struct FreeList(BTreeMap<usize, usize>);
 
+/// What is free now, and how little was since the last time somebody began to watch.
+struct Ledger {
+    free: FreeList,
+    least: usize,
+}
+
 impl FreeList {
     /// Takes the smallest piece that is large enough, from its start.
     fn take(&mut self, bytes: usize) -> Option<usize> {
-        let (&at, &length) = self.0.iter().filter(|&(_, &length)| length >= bytes).min_by_key(|&(_, &length)| length)?;
+        let (&at, &length) =
+            self.0.iter().filter(|&(_, &length)| length >= bytes).min_by_key(|&(_, &length)| length)?;
         self.0.remove(&at);
         if length > bytes {
             self.0.insert(at + bytes, length - bytes);
@@ -59,21 +67,33 @@ impl Arena {
     pub fn new(context: &Arc<Context>, bytes: usize) -> Result<Arc<Self>, BackendError> {
         let bytes = bytes / ALIGNMENT_BYTES * ALIGNMENT_BYTES;
         let base = context.allocate(bytes)?;
-        let free = Mutex::new(FreeList(BTreeMap::from([(0, bytes)])));
-        Ok(Arc::new(Self { context: context.clone(), base, free }))
+        let ledger = Mutex::new(Ledger { free: FreeList(BTreeMap::from([(0, bytes)])), least: bytes });
+        Ok(Arc::new(Self { context: context.clone(), base, bytes, ledger }))
     }
 
     /// A piece of `bytes`; contents undefined.
     pub fn take(self: &Arc<Self>, op: &'static str, bytes: usize) -> Result<Piece, BackendError> {
         let rounded = bytes.max(1).next_multiple_of(ALIGNMENT_BYTES);
-        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        let offset = free.take(rounded).ok_or(BackendError::OutOfMemory { op, bytes })?;
+        let mut ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
+        let offset = ledger.free.take(rounded).ok_or(BackendError::OutOfMemory { op, bytes })?;
+        ledger.least = ledger.least.min(ledger.free.total());
         Ok(Piece { arena: self.clone(), offset, bytes: rounded })
     }
 
     /// Bytes that are free, in however many pieces.
     pub fn free_bytes(&self) -> usize {
-        self.free.lock().unwrap_or_else(PoisonError::into_inner).total()
+        self.ledger.lock().unwrap_or_else(PoisonError::into_inner).free.total()
+    }
+
+    /// Bytes that were in use at most since [`Arena::watch`].
+    pub fn peak_bytes(&self) -> usize {
+        self.bytes - self.ledger.lock().unwrap_or_else(PoisonError::into_inner).least
+    }
+
+    /// Begins to watch the peak anew.
+    pub fn watch(&self) {
+        let mut ledger = self.ledger.lock().unwrap_or_else(PoisonError::into_inner);
+        ledger.least = ledger.free.total();
     }
 }
 
@@ -100,7 +120,7 @@ impl Piece {
 
 impl Drop for Piece {
     fn drop(&mut self) {
-        self.arena.free.lock().unwrap_or_else(PoisonError::into_inner).give(self.offset, self.bytes);
+        self.arena.ledger.lock().unwrap_or_else(PoisonError::into_inner).free.give(self.offset, self.bytes);
     }
 }
 

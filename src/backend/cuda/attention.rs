@@ -155,15 +155,31 @@ impl Attention {
     }
 
     /// Issues the attention of all tasks.
-    pub fn run(&self, stream: &Stream, arena: &Arc<Arena>, call: &Call<'_>, tasks: &[AttentionTask]) -> Result<(), BackendError> {
+    pub fn run(
+        &self,
+        stream: &Stream,
+        arena: &Arc<Arena>,
+        call: &Call<'_>,
+        tasks: &[AttentionTask],
+    ) -> Result<(), BackendError> {
         check(call, tasks)?;
         for family in [Family::Hopper, Family::Mma, Family::Chunk, Family::Decode] {
-            let of_family = tasks.iter().filter(|task| !task.queries.is_empty() && self.family(call.shape, task) == family);
+            let of_family =
+                tasks.iter().filter(|task| !task.queries.is_empty() && self.family(call.shape, task) == family);
             for batch in batches(of_family) {
                 self.launch(stream, arena, call, family, &batch)?;
             }
         }
         Ok(())
+    }
+
+    /// Bytes that the partial results of a call take at most: keys are split only as far as there are blocks to take the pieces.
+    pub fn most_partial_bytes(&self, head_dim: usize) -> usize {
+        let families = [&self.mma, &self.chunk, &self.decode];
+        let kernels = families.into_iter().flatten().filter(|(dim, _)| *dim == head_dim);
+        let bytes =
+            kernels.map(|(_, kernel)| self.multiprocessors * kernel.resident * kernel.rows * (head_dim + 1) * 4);
+        bytes.max().unwrap_or(0)
     }
 
     fn family(&self, shape: HeadShape, task: &AttentionTask) -> Family {
@@ -188,7 +204,11 @@ impl Attention {
             Family::Decode => &self.decode,
         };
         let found = of_family.iter().find(|(dim, _)| *dim == head_dim).map(|(_, kernel)| kernel);
-        found.ok_or_else(|| BackendError::Shape { op: OP, expected: format!("head_dim of {HEAD_DIMS:?}"), got: head_dim.to_string() })
+        found.ok_or_else(|| BackendError::Shape {
+            op: OP,
+            expected: format!("head_dim of {HEAD_DIMS:?}"),
+            got: head_dim.to_string(),
+        })
     }
 
     fn launch(
@@ -210,7 +230,8 @@ impl Attention {
         let partial_lse = arena.take(OP, partial_rows * 4)?;
         let (shape, plan) = (call.shape_words(), list.plan());
         let sources = call.addresses();
-        let output = OutputAddresses { partial: partial.address(), partial_lse: partial_lse.address(), ..call.output() };
+        let output =
+            OutputAddresses { partial: partial.address(), partial_lse: partial_lse.address(), ..call.output() };
         let q = call.q.row(0);
         let grid = (list.works, call.shape.kv_heads, 1);
         // SAFETY: (1) parameters as in mma.cu and decode.cu; (2) pieces stay allocated in stream order, matrices are borrowed.
@@ -238,7 +259,14 @@ impl Attention {
         let (shape, plan, output, counter) = (call.shape_words(), list.plan(), call.output(), counter.address());
         let (grid, pieces) = ((pieces.min(self.multiprocessors), 1, 1), pieces as i32);
         // SAFETY: (1) parameters as in hopper.cu; (2) pieces stay allocated in stream order, matrices are borrowed.
-        unsafe { stream.launch(&kernel.function, grid, kernel.threads, parameters![*maps, shape, plan, pieces, counter, output]) }
+        unsafe {
+            stream.launch(
+                &kernel.function,
+                grid,
+                kernel.threads,
+                parameters![*maps, shape, plan, pieces, counter, output],
+            )
+        }
     }
 
     fn tiling(&self, kernel: &Kernel, family: Family, shape: HeadShape) -> Tiling {
@@ -313,7 +341,14 @@ fn decode_kernel(modules: &Modules, head_dim: usize) -> Result<Kernel, BackendEr
     };
     let shared = (DECODE_ROWS + warps * stages * 2 * keys) * head_dim * 2;
     let function = modules.function("attention/decode", name, shared)?;
-    Ok(Kernel { function, rows: DECODE_ROWS, keys, threads: 32 * warps, resident: 128 / head_dim, least_tiles: 2 * warps })
+    Ok(Kernel {
+        function,
+        rows: DECODE_ROWS,
+        keys,
+        threads: 32 * warps,
+        resident: 128 / head_dim,
+        least_tiles: 2 * warps,
+    })
 }
 
 /// Tasks that fit into one launch: distinct key/value ranges are as many as there are tensor maps at most, and so are sources.
@@ -348,7 +383,12 @@ fn check(call: &Call<'_>, tasks: &[AttentionTask]) -> Result<(), BackendError> {
     }
     require(OP, call.sources.len() <= MAX_SOURCES, &format!("at most {MAX_SOURCES} sources"), call.sources.len())?;
     for segment in tasks.iter().flat_map(|task| &task.segments) {
-        require(OP, segment.source < call.sources.len(), &format!("a source below {}", call.sources.len()), segment.source)?;
+        require(
+            OP,
+            segment.source < call.sources.len(),
+            &format!("a source below {}", call.sources.len()),
+            segment.source,
+        )?;
         let source = &call.sources[segment.source];
         source.k.need(OP, "keys", segment.rows.end, call.shape.kv_width())?;
         source.v.need(OP, "values", segment.rows.end, call.shape.kv_width())?;
@@ -381,11 +421,26 @@ impl Call<'_> {
 
     fn maps(&self, kernel: &Kernel, ranges: &[(usize, usize, usize)]) -> Result<Box<Maps>, BackendError> {
         let blocks = self.shape.head_dim / 64;
-        let mut maps = Box::new(Maps { q: TensorMap::UNUSED, k: [TensorMap::UNUSED; MAX_MAPS], v: [TensorMap::UNUSED; MAX_MAPS] });
-        maps.q = TensorMap::new(self.q.row(0), self.q.rows, self.shape.heads * blocks, self.q.cols * 2, kernel.rows, blocks)?;
+        let mut maps =
+            Box::new(Maps { q: TensorMap::UNUSED, k: [TensorMap::UNUSED; MAX_MAPS], v: [TensorMap::UNUSED; MAX_MAPS] });
+        maps.q = TensorMap::new(
+            self.q.row(0),
+            self.q.rows,
+            self.shape.heads * blocks,
+            self.q.cols * 2,
+            kernel.rows,
+            blocks,
+        )?;
         for (i, &(source, first, rows)) in ranges.iter().enumerate() {
             let map = |matrix: &CudaMatrix| {
-                TensorMap::new(matrix.row(first), rows, self.shape.kv_heads * blocks, matrix.cols * 2, kernel.keys, blocks)
+                TensorMap::new(
+                    matrix.row(first),
+                    rows,
+                    self.shape.kv_heads * blocks,
+                    matrix.cols * 2,
+                    kernel.keys,
+                    blocks,
+                )
             };
             maps.k[i] = map(self.sources[source].k)?;
             maps.v[i] = map(self.sources[source].v)?;

@@ -131,10 +131,8 @@ mod tests {
     use proptest::prelude::*;
 
     fn tasks() -> impl Strategy<Value = Vec<AttentionTask>> {
-        let segment = (0..3usize, 0..50usize, 0..700usize, any::<bool>()).prop_map(|(source, first, rows, causal)| Segment {
-            source,
-            rows: first..first + rows,
-            mask: if causal { Mask::Causal } else { Mask::Full },
+        let segment = (0..3usize, 0..50usize, 0..700usize, any::<bool>()).prop_map(|(source, first, rows, causal)| {
+            Segment { source, rows: first..first + rows, mask: if causal { Mask::Causal } else { Mask::Full } }
         });
         let task = (1..300usize, proptest::collection::vec(segment, 0..5));
         proptest::collection::vec(task, 1..6).prop_map(|tasks| {
@@ -189,7 +187,8 @@ mod tests {
 
     #[test]
     fn a_long_cache_is_split_over_the_whole_device() {
-        let task = AttentionTask { queries: 0..1, segments: vec![Segment { source: 0, rows: 0..131072, mask: Mask::Full }] };
+        let task =
+            AttentionTask { queries: 0..1, segments: vec![Segment { source: 0, rows: 0..131072, mask: Mask::Full }] };
         let tiling = Tiling { rows: 16, keys: 32, group: 4, wanted_pieces: 16, least_tiles: 8 };
         let list = WorkList::new([&task], &tiling);
         assert_eq!((list.works.len(), list.slots, list.merges.len()), (16, 16, 1));

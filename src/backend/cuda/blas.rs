@@ -158,8 +158,10 @@ impl Plan {
 
     fn set<T>(&mut self, which: sys::cublasLtMatmulDescAttributes_t, value: &T) -> Result<(), BackendError> {
         // SAFETY: (1) the descriptor lives; (2) `value` has the attribute's size.
-        unsafe { result::set_matmul_desc_attribute(self.product, which, std::ptr::from_ref(value).cast(), size_of::<T>()) }
-            .map_err(failed)
+        unsafe {
+            result::set_matmul_desc_attribute(self.product, which, std::ptr::from_ref(value).cast(), size_of::<T>())
+        }
+        .map_err(failed)
     }
 
     fn choose(&self, handle: sys::cublasLtHandle_t) -> Result<sys::cublasLtMatmulAlgo_t, BackendError> {
@@ -167,10 +169,15 @@ impl Plan {
         let most = sys::cublasLtMatmulPreferenceAttributes_t::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES;
         // SAFETY: (1) all descriptors live; (2) the workspace's size is a usize, as the attribute wants.
         let chosen = unsafe {
-            result::set_matmul_pref_attribute(preference, most, std::ptr::from_ref(&WORKSPACE_BYTES).cast(), size_of::<usize>())
-                .and_then(|()| {
-                    result::get_matmul_algo_heuristic(handle, self.product, self.w, self.x, self.out, self.out, preference)
-                })
+            result::set_matmul_pref_attribute(
+                preference,
+                most,
+                std::ptr::from_ref(&WORKSPACE_BYTES).cast(),
+                size_of::<usize>(),
+            )
+            .and_then(|()| {
+                result::get_matmul_algo_heuristic(handle, self.product, self.w, self.x, self.out, self.out, preference)
+            })
         };
         // SAFETY: (1) made above, not used again.
         let _ = unsafe { result::destroy_matmul_pref(preference) };

@@ -16,7 +16,8 @@ use crate::backend::BackendError;
 /// What a driver call's failure means to the caller of `op`.
 pub(super) fn failed(op: &'static str) -> impl Fn(DriverError) -> BackendError {
     move |error| {
-        let describe = |text: Result<&std::ffi::CStr, DriverError>| text.map_or("?".into(), |t| t.to_string_lossy().into_owned());
+        let describe =
+            |text: Result<&std::ffi::CStr, DriverError>| text.map_or("?".into(), |t| t.to_string_lossy().into_owned());
         BackendError::Device {
             op,
             reason: format!("{}: {}", describe(error.error_name()), describe(error.error_string())),
@@ -60,7 +61,9 @@ impl Context {
         let name = result::device::get_name(device).map_err(failed("open"))?;
         let attribute = |which| {
             // SAFETY: (1) `device` came from the driver.
-            unsafe { result::device::get_attribute(device, which) }.map_err(failed("open")).map(|value| value.unsigned_abs())
+            unsafe { result::device::get_attribute(device, which) }
+                .map_err(failed("open"))
+                .map(|value| value.unsigned_abs())
         };
         use sys::CUdevice_attribute as Attribute;
         let capability = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? * 10
@@ -125,9 +128,15 @@ impl Drop for Context {
 fn check_driver_version() -> Result<(), String> {
     let mut version = 0;
     // SAFETY: (1) the out-pointer is valid.
-    unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(|e| format!("the NVIDIA driver gives no version: {e:?}"))?;
+    unsafe { sys::cuDriverGetVersion(&mut version) }
+        .result()
+        .map_err(|e| format!("the NVIDIA driver gives no version: {e:?}"))?;
     if version < 13000 {
-        return Err(format!("the NVIDIA driver is for CUDA {}.{}, 13.0 is needed", version / 1000, version % 1000 / 10));
+        return Err(format!(
+            "the NVIDIA driver is for CUDA {}.{}, 13.0 is needed",
+            version / 1000,
+            version % 1000 / 10
+        ));
     }
     Ok(())
 }
@@ -152,7 +161,8 @@ impl Module {
         if shared_bytes > 48 << 10 {
             let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             // SAFETY: (1) the function belongs to a loaded module.
-            unsafe { result::function::set_function_attribute(raw, attribute, shared_bytes as i32) }.map_err(failed(name))?;
+            unsafe { result::function::set_function_attribute(raw, attribute, shared_bytes as i32) }
+                .map_err(failed(name))?;
         }
         Ok(Function { raw, name, shared_bytes: shared_bytes as u32 })
     }
@@ -216,15 +226,30 @@ impl Stream {
     /// # Safety
     /// 1. `parameters` point to values of exactly the kernel's parameter types, in order.
     /// 2. Device memory the kernel touches stays allocated until the stream has passed the launch.
-    pub unsafe fn launch(&self, function: &Function, grid: Grid, threads: usize, parameters: &mut [*mut c_void]) -> Result<(), BackendError> {
+    pub unsafe fn launch(
+        &self,
+        function: &Function,
+        grid: Grid,
+        threads: usize,
+        parameters: &mut [*mut c_void],
+    ) -> Result<(), BackendError> {
         if grid.0 * grid.1 * grid.2 == 0 {
             return Ok(());
         }
         self.context.bind(function.name)?;
         let blocks = (grid.0 as u32, grid.1 as u32, grid.2 as u32);
         // SAFETY: (1), (2) by the caller; the function's module is loaded.
-        unsafe { result::launch_kernel(function.raw, blocks, (threads as u32, 1, 1), function.shared_bytes, self.raw, parameters) }
-            .map_err(failed(function.name))
+        unsafe {
+            result::launch_kernel(
+                function.raw,
+                blocks,
+                (threads as u32, 1, 1),
+                function.shared_bytes,
+                self.raw,
+                parameters,
+            )
+        }
+        .map_err(failed(function.name))
     }
 
     /// Copies host memory to the device. The driver has taken pageable memory over when this returns; pinned memory has to stay unchanged
@@ -347,7 +372,8 @@ impl Pinned {
     pub fn new(context: &Context, bytes: usize) -> Result<Self, BackendError> {
         context.bind("pinned memory")?;
         // SAFETY: (1) zeroed before it is ever read.
-        let at = unsafe { result::malloc_host(bytes, 0) }.map_err(|_| BackendError::OutOfMemory { op: "pinned memory", bytes })?;
+        let at = unsafe { result::malloc_host(bytes, 0) }
+            .map_err(|_| BackendError::OutOfMemory { op: "pinned memory", bytes })?;
         // SAFETY: (1) just allocated with this size.
         unsafe { std::ptr::write_bytes(at.cast::<u8>(), 0, bytes) };
         Ok(Self { at: at.cast(), bytes })
@@ -384,7 +410,14 @@ impl TensorMap {
 
     /// Boxes of `box_rows` rows by `box_blocks` blocks of 64 columns, with 128-byte swizzle, of the bf16 matrix of `rows` rows at `at` whose rows are
     /// `stride_bytes` apart and have `blocks` such blocks. What a box has beyond the last row is read as 0.
-    pub fn new(at: u64, rows: usize, blocks: usize, stride_bytes: usize, box_rows: usize, box_blocks: usize) -> Result<Self, BackendError> {
+    pub fn new(
+        at: u64,
+        rows: usize,
+        blocks: usize,
+        stride_bytes: usize,
+        box_rows: usize,
+        box_blocks: usize,
+    ) -> Result<Self, BackendError> {
         let size = [64, rows as u64, blocks as u64];
         let strides = [stride_bytes as u64, 128];
         let boxed = [64, box_rows as u32, box_blocks as u32];

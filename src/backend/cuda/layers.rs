@@ -12,7 +12,7 @@ use super::{Cuda, KvMut};
 use crate::backend::{BackendError, HeadShape};
 
 /// Rows that an MLP is computed for at a time: enough to fill the device, few enough that gate and up stay small.
-const MLP_ROWS: usize = 4096;
+pub(super) const MLP_ROWS: usize = 4096;
 /// As in kernels/rope.h.
 const MAX_RUNS: usize = 64;
 /// As in kernels/rope.h.
@@ -50,18 +50,39 @@ impl Cuda {
         let (from, at, cols, to) = (table.piece.address(), device_ids.address(), table.cols as i32, x.row(0));
         let threads = (table.cols / 8).next_multiple_of(32).min(512);
         // SAFETY: (1) parameters as in embed.cu; (2) the ids' piece stays allocated in stream order, the rest is borrowed.
-        unsafe { self.stream.launch(&self.functions.embed, (ids.len(), 1, 1), threads, parameters![from, at, cols, to]) }
+        unsafe {
+            self.stream.launch(&self.functions.embed, (ids.len(), 1, 1), threads, parameters![from, at, cols, to])
+        }
     }
 
     /// `x` and `out` are addresses of `rows` rows of `w.cols` elements.
-    pub(super) fn run_rms_norm(&self, rows: usize, x: u64, w: &CudaWeight, epsilon: f32, out: u64) -> Result<(), BackendError> {
+    pub(super) fn run_rms_norm(
+        &self,
+        rows: usize,
+        x: u64,
+        w: &CudaWeight,
+        epsilon: f32,
+        out: u64,
+    ) -> Result<(), BackendError> {
         let op = "rms_norm";
         w.need(op, "w", 1, w.cols)?;
-        require(op, w.cols % 8 == 0 && w.cols <= MAX_NORM_COLS, &format!("columns a multiple of 8, at most {MAX_NORM_COLS}"), w.cols)?;
+        require(
+            op,
+            w.cols % 8 == 0 && w.cols <= MAX_NORM_COLS,
+            &format!("columns a multiple of 8, at most {MAX_NORM_COLS}"),
+            w.cols,
+        )?;
         let (weight, cols) = (w.piece.address(), w.cols as i32);
         let threads = (w.cols / 8).next_multiple_of(32).min(1024);
         // SAFETY: (1) parameters as in rms_norm.cu; (2) matrices are borrowed.
-        unsafe { self.stream.launch(&self.functions.rms_norm, (rows, 1, 1), threads, parameters![x, weight, epsilon, cols, out]) }
+        unsafe {
+            self.stream.launch(
+                &self.functions.rms_norm,
+                (rows, 1, 1),
+                threads,
+                parameters![x, weight, epsilon, cols, out],
+            )
+        }
     }
 
     pub(super) fn run_linear(
@@ -86,7 +107,13 @@ impl Cuda {
         }
         let form = Form { rows, width: w.rows, inner: w.cols, wide: false, bias: bias != 0, accumulate };
         // SAFETY: (1) checked above; matrices are borrowed.
-        unsafe { self.blas.multiply(&self.stream, form, Operands { x: x.row(0), w: w.piece.address(), bias, out: out.row(0) }) }
+        unsafe {
+            self.blas.multiply(
+                &self.stream,
+                form,
+                Operands { x: x.row(0), w: w.piece.address(), bias, out: out.row(0) },
+            )
+        }
     }
 
     fn gemv(&self, x: u64, w: &CudaWeight, bias: u64, accumulate: bool, out: u64) -> Result<(), BackendError> {
@@ -109,7 +136,12 @@ impl Cuda {
         h.need(op, "h", rows, gate_up.cols)?;
         x.need(op, "x", rows, down.rows)?;
         gate_up.need(op, "gate_up", 2 * width, down.rows)?;
-        require(op, width % 8 == 0 && gate_up.cols % 8 == 0, "widths that are multiples of 8", format!("{width}, {}", gate_up.cols))?;
+        require(
+            op,
+            width % 8 == 0 && gate_up.cols % 8 == 0,
+            "widths that are multiples of 8",
+            format!("{width}, {}", gate_up.cols),
+        )?;
         if rows == 1 {
             return self.mlp_row(h, gate_up, down, x);
         }
@@ -131,7 +163,13 @@ impl Cuda {
         Ok(())
     }
 
-    fn mlp_row(&self, h: &CudaMatrix, gate_up: &CudaWeight, down: &CudaWeight, x: &mut CudaMatrix) -> Result<(), BackendError> {
+    fn mlp_row(
+        &self,
+        h: &CudaMatrix,
+        gate_up: &CudaWeight,
+        down: &CudaWeight,
+        x: &mut CudaMatrix,
+    ) -> Result<(), BackendError> {
         let product = self.arena.take("mlp", down.cols * 2)?;
         let (from, weights, cols, width, to) =
             (h.row(0), gate_up.piece.address(), gate_up.cols as i32, down.cols as i32, product.address());
@@ -165,7 +203,12 @@ impl Cuda {
         require(op, positions.len() == rows.len(), &format!("{} positions", rows.len()), positions.len())?;
         let half = shape.head_dim / 2;
         require(op, inv_freq.len() == half, &format!("{half} frequencies"), inv_freq.len())?;
-        require(op, shape.head_dim % 16 == 0 && half <= MAX_PAIRS, "head_dim a multiple of 16, at most 256", shape.head_dim)?;
+        require(
+            op,
+            shape.head_dim % 16 == 0 && half <= MAX_PAIRS,
+            "head_dim a multiple of 16, at most 256",
+            shape.head_dim,
+        )?;
         let mut frequencies = Frequencies { scale, radians: [0.0; MAX_PAIRS] };
         frequencies.radians[..half].copy_from_slice(inv_freq);
         let mut first = 0;

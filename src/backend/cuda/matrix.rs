@@ -62,6 +62,10 @@ impl CudaScores {
 }
 
 impl CudaWeight {
+    /// Input features.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
     /// Rows and columns exactly.
     pub(super) fn need(&self, op: &'static str, what: &str, rows: usize, cols: usize) -> Result<(), BackendError> {
         let expected = format!("{what} [{rows}, {cols}]");
@@ -70,15 +74,29 @@ impl CudaWeight {
 }
 
 /// Columns exactly, rows at least.
-pub(super) fn need(op: &'static str, what: &str, (rows, cols): (usize, usize), got: (usize, usize)) -> Result<(), BackendError> {
+pub(super) fn need(
+    op: &'static str,
+    what: &str,
+    (rows, cols): (usize, usize),
+    got: (usize, usize),
+) -> Result<(), BackendError> {
     if got.0 >= rows && got.1 == cols {
         return Ok(());
     }
-    Err(BackendError::Shape { op, expected: format!("{what} [at least {rows}, {cols}]"), got: format!("[{}, {}]", got.0, got.1) })
+    Err(BackendError::Shape {
+        op,
+        expected: format!("{what} [at least {rows}, {cols}]"),
+        got: format!("[{}, {}]", got.0, got.1),
+    })
 }
 
 /// A condition on numbers that are not a matrix's shape.
-pub(super) fn require(op: &'static str, holds: bool, expected: &str, got: impl std::fmt::Display) -> Result<(), BackendError> {
+pub(super) fn require(
+    op: &'static str,
+    holds: bool,
+    expected: &str,
+    got: impl std::fmt::Display,
+) -> Result<(), BackendError> {
     if holds {
         return Ok(());
     }

@@ -3,9 +3,9 @@
 //! Invariant: whatever returns host data has waited for the device.
 #![allow(unsafe_code)]
 
+use super::Cuda;
 use super::driver::{Event, parameters};
 use super::matrix::{CudaMatrix, CudaRows, CudaScores, CudaWeight, require};
-use super::Cuda;
 use crate::backend::{Backend, BackendError};
 
 impl Cuda {

@@ -12,7 +12,9 @@ mod layers;
 mod matrix;
 mod measure;
 mod modules;
+mod pace;
 mod partials;
+mod profile;
 mod selection;
 mod weights;
 
@@ -41,6 +43,19 @@ pub struct CudaOptions {
     pub attention: AttentionPath,
 }
 
+/// What of a model decides how much the operations need for themselves.
+#[derive(Debug, Clone, Copy)]
+pub struct ScratchShape {
+    /// Heads of an attention layer.
+    pub heads: HeadShape,
+    /// Width of the MLP.
+    pub intermediate: usize,
+    /// Rows of the language-model head.
+    pub vocab: usize,
+    /// Hidden width of a retaining head; 0 without.
+    pub head_width: usize,
+}
+
 /// One GPU.
 pub struct Cuda {
     // In the order of their release: what has been handed out before what it came from.
@@ -48,6 +63,8 @@ pub struct Cuda {
     blas: Blas,
     staging: Mutex<Option<weights::Staging>>,
     functions: Functions,
+    pace: pace::Pace,
+    profile: profile::Profile,
     arena: Arc<Arena>,
     stream: Stream,
     context: Arc<Context>,
@@ -65,12 +82,41 @@ impl Cuda {
         let (free, _) = context.memory()?;
         let arena = Arena::new(&context, options.memory_bytes.unwrap_or(free.saturating_sub(RESERVED_BYTES)))?;
         let blas = Blas::new(&arena)?;
-        Ok(Self { attention, blas, staging: Mutex::new(None), functions, arena, stream, context, ordinal })
+        Ok(Self {
+            attention,
+            blas,
+            staging: Mutex::new(None),
+            functions,
+            pace: pace::Pace::default(),
+            profile: profile::Profile::default(),
+            arena,
+            stream,
+            context,
+            ordinal,
+        })
     }
 
     /// The device's own name.
     pub fn device_name(&self) -> &str {
         &self.context.name
+    }
+
+    /// Bytes that one operation takes at most, beside its operands; operations give them back when they end.
+    pub fn scratch_bytes(&self, shape: &ScratchShape) -> u64 {
+        let mlp = layers::MLP_ROWS * 3 * shape.intermediate * 2;
+        let scores = selection::SCORE_ROWS * shape.head_width * 4;
+        let partials = self.attention.most_partial_bytes(shape.heads.head_dim);
+        [mlp, scores, partials, shape.vocab * 4].into_iter().max().unwrap_or(0) as u64
+    }
+
+    /// Bytes that were in use at most since [`Cuda::watch_memory`], weights included.
+    pub fn peak_bytes(&self) -> usize {
+        self.arena.peak_bytes()
+    }
+
+    /// Begins to watch the peak of memory anew.
+    pub fn watch_memory(&self) {
+        self.arena.watch();
     }
 
     /// Bytes that matrices can still be made of.
@@ -113,6 +159,7 @@ impl Backend for Cuda {
     }
 
     fn embed(&self, table: &CudaWeight, ids: &[u32], x: &mut CudaMatrix) -> Result<(), BackendError> {
+        self.mark("embed")?;
         self.run_embed(table, ids, x)
     }
 
@@ -124,6 +171,7 @@ impl Backend for Cuda {
         epsilon: f32,
         out: &mut CudaMatrix,
     ) -> Result<(), BackendError> {
+        self.mark("rms_norm")?;
         x.need("rms_norm", "x", rows, w.cols)?;
         out.need("rms_norm", "out", rows, w.cols)?;
         self.run_rms_norm(rows, x.row(0), w, epsilon, out.row(0))
@@ -138,6 +186,7 @@ impl Backend for Cuda {
         accumulate: bool,
         out: &mut CudaMatrix,
     ) -> Result<(), BackendError> {
+        self.mark(if accumulate { "linear_add" } else { "linear" })?;
         self.run_linear(rows, x, w, bias, accumulate, out)
     }
 
@@ -149,6 +198,7 @@ impl Backend for Cuda {
         down: &CudaWeight,
         x: &mut CudaMatrix,
     ) -> Result<(), BackendError> {
+        self.mark("mlp")?;
         self.run_mlp(rows, h, gate_up, down, x)
     }
 
@@ -162,6 +212,7 @@ impl Backend for Cuda {
         qkv: &mut CudaMatrix,
         kv: KvMut<'_, CudaMatrix>,
     ) -> Result<(), BackendError> {
+        self.mark("rope_store")?;
         self.run_rope_store(shape, rows, positions, (inv_freq, scale), qkv, kv)
     }
 
@@ -173,6 +224,7 @@ impl Backend for Cuda {
         w2: &CudaWeight,
         out: &mut CudaScores,
     ) -> Result<(), BackendError> {
+        self.mark("retaining_scores")?;
         self.run_retaining_scores(rows, qkv, w1, w2, out)
     }
 
@@ -185,10 +237,12 @@ impl Backend for Cuda {
         k: &CudaMatrix,
         out: &mut CudaScores,
     ) -> Result<(), BackendError> {
+        self.mark("query_aware_scores")?;
         self.run_query_aware_scores(shape, queries, q_qkv, rows, k, out)
     }
 
     fn set_scores(&self, values: &[f32], out: &mut CudaScores) -> Result<(), BackendError> {
+        self.mark("set_scores")?;
         self.run_set_scores(values, out)
     }
 
@@ -201,6 +255,7 @@ impl Backend for Cuda {
         k: usize,
         pool: bool,
     ) -> Result<CudaRows, BackendError> {
+        self.mark("top_k")?;
         self.run_top_k(scores, before, candidates, excluded, k, pool)
     }
 
@@ -212,6 +267,7 @@ impl Backend for Cuda {
         src: KvRef<'_, CudaMatrix>,
         dst: KvMut<'_, CudaMatrix>,
     ) -> Result<(), BackendError> {
+        self.mark("gather_kv")?;
         self.run_gather_kv(shape, chosen, source_offset, src, dst)
     }
 
@@ -224,6 +280,7 @@ impl Backend for Cuda {
         out: &mut CudaMatrix,
         lse: Option<&mut CudaScores>,
     ) -> Result<(), BackendError> {
+        self.mark("attention")?;
         let call = Call { shape, q, sources, out, lse: lse.as_deref() };
         self.attention.run(&self.stream, &self.arena, &call, tasks)
     }
@@ -238,6 +295,7 @@ impl Backend for Cuda {
         part_lse: &CudaScores,
         part_first_row: usize,
     ) -> Result<(), BackendError> {
+        self.mark("merge")?;
         self.run_merge(shape, rows, out, lse, (part, part_lse, part_first_row))
     }
 
@@ -250,6 +308,7 @@ impl Backend for Cuda {
         part_lse: &CudaScores,
         out: &mut CudaMatrix,
     ) -> Result<(), BackendError> {
+        self.mark("merge_stacked")?;
         self.run_merge_stacked(shape, rows, count, parts, part_lse, out)
     }
 
@@ -261,6 +320,7 @@ impl Backend for Cuda {
         dst: &mut CudaMatrix,
         dst_row: usize,
     ) -> Result<(), BackendError> {
+        self.mark("copy_rows")?;
         self.run_copy_rows(src, src_row, rows, dst, dst_row)
     }
 
@@ -272,7 +332,12 @@ impl Backend for Cuda {
         epsilon: f32,
         head: &CudaWeight,
     ) -> Result<Vec<f32>, BackendError> {
+        self.mark("logits")?;
         self.run_logits(x, row, norm, epsilon, head)
+    }
+
+    fn pace(&self) -> Result<(), BackendError> {
+        self.keep_pace()
     }
 
     fn synchronize(&self) -> Result<(), BackendError> {

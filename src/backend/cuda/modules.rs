@@ -27,7 +27,8 @@ impl Modules {
             )));
         };
         let wanted = CUBINS.iter().filter(|(_, of, _)| *of == architecture);
-        let loaded = wanted.map(|(name, _, image)| Ok((*name, context.load(image)?))).collect::<Result<_, BackendError>>()?;
+        let loaded =
+            wanted.map(|(name, _, image)| Ok((*name, context.load(image)?))).collect::<Result<_, BackendError>>()?;
         Ok(Self { loaded })
     }
 
@@ -39,7 +40,8 @@ impl Modules {
     /// A function, ready to use `shared_bytes` of dynamic shared memory.
     pub fn function(&self, module: &str, name: &'static str, shared_bytes: usize) -> Result<Function, BackendError> {
         let found = self.loaded.iter().find(|(loaded, _)| *loaded == module);
-        let (_, module) = found.ok_or_else(|| BackendError::Device { op: name, reason: format!("no module {module}") })?;
+        let (_, module) =
+            found.ok_or_else(|| BackendError::Device { op: name, reason: format!("no module {module}") })?;
         module.function(name, shared_bytes)
     }
 }
@@ -93,7 +95,10 @@ mod tests {
 
     #[test]
     fn a_device_gets_cubins_it_can_run() {
-        assert_eq!([75, 80, 86, 89, 90, 100].map(architecture_for), [None, Some("80"), Some("80"), Some("80"), Some("90a"), None]);
+        assert_eq!(
+            [75, 80, 86, 89, 90, 100].map(architecture_for),
+            [None, Some("80"), Some("80"), Some("80"), Some("90a"), None]
+        );
     }
 
     #[test]

@@ -28,7 +28,8 @@ impl Cuda {
         part.need(op, "part", first + rows.len(), shape.q_width())?;
         need(op, "part_lse", (first + rows.len(), shape.heads), (part_lse.rows, part_lse.cols))?;
         let (heads, head_dim) = (shape.heads as i32, shape.head_dim as i32);
-        let (to, to_lse, from, from_lse) = (out.row(rows.start), lse.row(rows.start), part.row(first), part_lse.row(first));
+        let (to, to_lse, from, from_lse) =
+            (out.row(rows.start), lse.row(rows.start), part.row(first), part_lse.row(first));
         let parameters = parameters![heads, head_dim, to, to_lse, from, from_lse];
         // SAFETY: (1) parameters as in merge.cu; (2) matrices are borrowed.
         unsafe { self.stream.launch(&self.functions.merge, (rows.len(), 1, 1), THREADS, parameters) }

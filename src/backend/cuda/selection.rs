@@ -12,7 +12,7 @@ use super::{Cuda, KvMut, KvRef};
 use crate::backend::{BackendError, HeadShape};
 
 /// Rows whose hidden activations of a retaining head are in memory at a time.
-const SCORE_ROWS: usize = 4096;
+pub(super) const SCORE_ROWS: usize = 4096;
 /// Threads of a block of one warp a row.
 const WARPS_THREADS: usize = 256;
 
@@ -38,7 +38,12 @@ impl Cuda {
         let op = "retaining_scores";
         qkv.need(op, "qkv", rows, w1.cols)?;
         w2.need(op, "w2", w2.rows, w1.rows)?;
-        require(op, out.rows == w2.rows && out.cols >= rows, &format!("out [{}, at least {rows}]", w2.rows), format!("[{}, {}]", out.rows, out.cols))?;
+        require(
+            op,
+            out.rows == w2.rows && out.cols >= rows,
+            &format!("out [{}, at least {rows}]", w2.rows),
+            format!("[{}, {}]", out.rows, out.cols),
+        )?;
         let hidden = self.arena.take(op, rows.min(SCORE_ROWS) * w1.rows * 4)?;
         for first in (0..rows).step_by(SCORE_ROWS) {
             let rows = (rows - first).min(SCORE_ROWS);
@@ -71,14 +76,27 @@ impl Cuda {
         let q_wanted = format!("queries [at least {}, at least {}]", queries.end, shape.q_width());
         require(op, wide_enough, &q_wanted, format!("[{}, {}]", q_qkv.rows, q_qkv.cols))?;
         k.need(op, "keys", rows, shape.kv_width())?;
-        require(op, out.rows == shape.kv_heads && out.cols >= rows, &format!("out [{}, at least {rows}]", shape.kv_heads), format!("[{}, {}]", out.rows, out.cols))?;
+        require(
+            op,
+            out.rows == shape.kv_heads && out.cols >= rows,
+            &format!("out [{}, at least {rows}]", shape.kv_heads),
+            format!("[{}, {}]", out.rows, out.cols),
+        )?;
         let mean = self.arena.take(op, shape.kv_width() * 4)?;
         let [count, stride, group, kv_heads, head_dim, rows_count, out_stride] =
-            [queries.len(), q_qkv.cols, shape.group(), shape.kv_heads, shape.head_dim, rows, out.cols].map(|n| n as i32);
+            [queries.len(), q_qkv.cols, shape.group(), shape.kv_heads, shape.head_dim, rows, out.cols]
+                .map(|n| n as i32);
         let (q, mean, keys, to) = (q_qkv.row(queries.start), mean.address(), k.row(0), out.row(0));
         let threads = shape.head_dim.next_multiple_of(32).min(256);
         // SAFETY: (1) parameters as in query_aware.cu; (2) the piece stays allocated in stream order, matrices are borrowed.
-        unsafe { self.stream.launch(&self.functions.query_mean, (shape.kv_heads, 1, 1), threads, parameters![q, count, stride, group, head_dim, mean]) }?;
+        unsafe {
+            self.stream.launch(
+                &self.functions.query_mean,
+                (shape.kv_heads, 1, 1),
+                threads,
+                parameters![q, count, stride, group, head_dim, mean],
+            )
+        }?;
         let grid = ((rows * 32).div_ceil(WARPS_THREADS), shape.kv_heads, 1);
         let parameters = parameters![mean, keys, rows_count, kv_heads, head_dim, out_stride, to];
         // SAFETY: (1), (2) as above.
@@ -117,7 +135,8 @@ impl Cuda {
         }
         let keys = self.arena.take(op, scores.rows * candidates.len() * 4)?;
         let [before_first, before_count, candidate_first, candidate_count, excluded, k, stride] =
-            [before.start, before.len(), candidates.start, candidates.len(), excluded, k, scores.cols].map(|n| n as i32);
+            [before.start, before.len(), candidates.start, candidates.len(), excluded, k, scores.cols]
+                .map(|n| n as i32);
         let pooling = Pooling { before_first, before_count, candidate_first, candidate_count, pool: i32::from(pool) };
         let (from, keys, to) = (scores.row(0), keys.address(), chosen.piece.address());
         let parameters = parameters![from, stride, pooling, excluded, k, keys, to];
@@ -140,7 +159,12 @@ impl Cuda {
         if chosen.k == 0 {
             return Ok(());
         }
-        require(op, chosen.bounds.start >= source_offset, &format!("rows from {source_offset} on"), chosen.bounds.start)?;
+        require(
+            op,
+            chosen.bounds.start >= source_offset,
+            &format!("rows from {source_offset} on"),
+            chosen.bounds.start,
+        )?;
         for (what, matrix, rows) in [
             ("keys", src.k, chosen.bounds.end - source_offset),
             ("values", src.v, chosen.bounds.end - source_offset),
@@ -149,7 +173,8 @@ impl Cuda {
         ] {
             need(op, what, (rows, shape.kv_width()), (matrix.rows, matrix.cols))?;
         }
-        let [k, offset, kv_heads, head_dim] = [chosen.k, source_offset, shape.kv_heads, shape.head_dim].map(|n| n as i32);
+        let [k, offset, kv_heads, head_dim] =
+            [chosen.k, source_offset, shape.kv_heads, shape.head_dim].map(|n| n as i32);
         let (rows, from_k, from_v) = (chosen.piece.address(), src.k.row(0), src.v.row(0));
         let (to_k, to_v) = (dst.k.row(dst.first_row), dst.v.row(dst.first_row));
         let threads = (shape.kv_width() / 8).next_multiple_of(32).min(256);

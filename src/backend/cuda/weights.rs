@@ -71,7 +71,15 @@ impl Cuda {
         Ok(weight)
     }
 
-    fn convert(&self, from: u64, dtype: DType, count: usize, first: usize, base: u64, bad: u64) -> Result<(), BackendError> {
+    fn convert(
+        &self,
+        from: u64,
+        dtype: DType,
+        count: usize,
+        first: usize,
+        base: u64,
+        bad: u64,
+    ) -> Result<(), BackendError> {
         let threads = 256;
         let grid = (count.div_ceil(threads).min(16 << 10), 1, 1);
         let (kind, to, count, first) = (kernel_type(dtype), base + 2 * first as u64, count as u64, first as u64);
@@ -98,7 +106,12 @@ fn stacked_shape(views: &[WeightView<'_>]) -> Result<(usize, usize), BackendErro
 /// `index` is the first element that is not finite, all ones if there is none.
 fn refuse_bad(index: u64, cols: usize) -> Result<(), BackendError> {
     let (row, col) = (index / cols as u64, index % cols as u64);
-    require(OP, index == u64::MAX, "finite elements, also in bf16", format!("one that is not, in row {row}, column {col}"))
+    require(
+        OP,
+        index == u64::MAX,
+        "finite elements, also in bf16",
+        format!("one that is not, in row {row}, column {col}"),
+    )
 }
 
 impl Staging {
@@ -115,7 +128,9 @@ impl Staging {
         let to = self.device[self.next].address();
         sent.synchronize()?;
         let into = &mut pinned.bytes_mut()[..part.len()];
-        into.par_chunks_mut(COPY_BYTES).zip(part.par_chunks(COPY_BYTES)).for_each(|(into, from)| into.copy_from_slice(from));
+        into.par_chunks_mut(COPY_BYTES)
+            .zip(part.par_chunks(COPY_BYTES))
+            .for_each(|(into, from)| into.copy_from_slice(from));
         // SAFETY: (1) the device buffer is as large as the pinned one, which stays unchanged until its event has passed.
         unsafe { stream.upload(OP, &pinned.bytes()[..part.len()], to) }?;
         sent.record(stream)?;

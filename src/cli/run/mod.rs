@@ -15,7 +15,7 @@ use std::time::Duration;
 use clap::ValueEnum;
 
 use crate::document::fetch::FileSource;
-use crate::engine::{Engine, LocalEngine, LocalOptions};
+use crate::engine::Engine;
 use crate::intake::files::{FileJobs, Found, discover};
 use crate::job::retry::RetryPolicy;
 use crate::job::{JobId, WorkerId};
@@ -27,6 +27,7 @@ use crate::prompt::Prompter;
 use crate::store::{self, Access, Enqueued, JobState, NewJob, Replay, Store, StoreUrl};
 use crate::telemetry::console;
 
+use super::device::DeviceArgs;
 use super::{CliError, Status, runtime};
 use options::JobArgs;
 use progress::RunProgress;
@@ -61,12 +62,8 @@ pub struct Args {
     /// How to print the results.
     #[arg(long, value_enum, default_value_t = Format::Table)]
     format: Format,
-    /// CPU threads of all ranks together; by default as many as the machine has.
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
-    threads: Option<u16>,
-    /// Ranks that work on a document together. Changes speed, not results.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
-    ranks: u16,
+    #[command(flatten)]
+    device: DeviceArgs,
 }
 
 /// Form of the results on stdout.
@@ -86,7 +83,7 @@ impl Args {
         // Both may take a while; neither needs the other, but a usage error should come before the model is loaded.
         let runtime = runtime()?;
         let store = runtime.block_on(store::open(&self.db, Access::Worker, RetryPolicy::local()))?;
-        let engine = Arc::new(self.open_model()?);
+        let engine = self.device.open(&self.model_directory()?, self.heads.as_deref())?;
         let prompter = prompter(&self.model_directory()?)?;
         let jobs =
             FileJobs { template, model_digest: engine.info().model_digest, at_most_bytes: DOCUMENT_AT_MOST_BYTES };
@@ -115,17 +112,10 @@ impl Args {
         model::find(self.model.as_deref()).map_err(CliError::Usage)
     }
 
-    fn open_model(&self) -> Result<LocalEngine, CliError> {
-        let mut options =
-            LocalOptions { heads: self.heads.clone(), ranks: self.ranks.into(), ..LocalOptions::default() };
-        options.threads = self.threads.map_or(options.threads, usize::from);
-        LocalEngine::open(&self.model_directory()?, &options).map_err(|error| CliError::Usage(error.to_string()))
-    }
-
     async fn process(
         &self,
         store: Arc<dyn Store>,
-        engine: Arc<LocalEngine>,
+        engine: Arc<dyn Engine>,
         prompter: Prompter,
         jobs: Vec<NewJob>,
     ) -> Result<Status, CliError> {

@@ -1,0 +1,77 @@
+//! Generated tokens after a prefill: milliseconds a token, beside what the bandwidth allows.
+//!
+//! Invariant: the time of a token is from one choice to the next, the choice itself included.
+
+use std::time::Instant;
+
+use serde_json::json;
+
+use super::Options;
+use super::cuda::{device, engine, engine_failed, plan, random_tokens, row};
+use super::report::{Row, median, rounded};
+use crate::cli::CliError;
+use crate::engine::{CudaEngine, Driver, EngineError, Job, Progress};
+use crate::generate::generator::Step;
+use crate::generate::sampler::argmax;
+use crate::model::ModelSpec;
+
+/// Tokens whose times do not count.
+const WARM_UP: usize = 4;
+
+/// Appends a row for each length and strategy.
+pub(super) fn measure(options: &Options, rows: &mut Vec<Row>) -> Result<(), CliError> {
+    let engine = engine(options, device(options, rows)?)?;
+    let copy_gb_s = rows.last().and_then(|row| row.get("copy_gb_s")?.as_f64()).unwrap_or(f64::NAN);
+    for &tokens in &options.tokens {
+        for &strategy in &options.attention {
+            let mut row = one(options, &engine, &plan(options, &engine, tokens, strategy)?)?;
+            // A copy reads and writes; reading alone is as fast per byte that passes.
+            let floor = bytes_a_token(engine.spec(), tokens) / copy_gb_s / 1e6;
+            row.insert("floor_ms".to_owned(), rounded(floor, 2));
+            rows.push(row);
+        }
+    }
+    Ok(())
+}
+
+fn one(options: &Options, engine: &CudaEngine, plan: &crate::plan::PrefillPlan) -> Result<Row, CliError> {
+    let (context, query) =
+        (random_tokens(plan.context, engine.spec().vocab), random_tokens(plan.query, engine.spec().vocab));
+    let new_tokens = options.steps + WARM_UP + 1;
+    let job = Job { context: &context, query: &query, plan, new_tokens };
+    let mut driver = Steps { left: new_tokens, chosen: Vec::with_capacity(new_tokens) };
+    engine.run(&job, &mut driver).map_err(engine_failed)?;
+    let times = driver.chosen.windows(2).skip(WARM_UP).map(|pair| (pair[1] - pair[0]).as_secs_f64() * 1e3).collect();
+    let ms = median(times);
+    let mut row = row(options, plan);
+    row["what"] = json!("decode");
+    row.insert("ms_a_token".to_owned(), rounded(ms, 3));
+    row.insert("tokens_s".to_owned(), rounded(1e3 / ms, 1));
+    Ok(row)
+}
+
+/// Weights, keys and values that one token reads.
+fn bytes_a_token(spec: &ModelSpec, tokens: usize) -> f64 {
+    let layer = spec.hidden * (spec.shape.qkv_width() + spec.shape.q_width() + 3 * spec.intermediate);
+    let cache = 2 * spec.shape.kv_width() * tokens;
+    2.0 * (spec.layers * (layer + cache) + spec.vocab * spec.hidden) as f64
+}
+
+/// Takes the likeliest token so many times, and the time of each.
+struct Steps {
+    left: usize,
+    chosen: Vec<Instant>,
+}
+
+impl Driver for Steps {
+    fn progress(&mut self, _: Progress) -> bool {
+        true
+    }
+
+    fn next(&mut self, logits: &mut [f32]) -> Result<Step, EngineError> {
+        let token = argmax(logits).ok_or_else(|| EngineError::Model { reason: "logits are not finite".to_owned() })?;
+        self.chosen.push(Instant::now());
+        self.left -= 1;
+        Ok(if self.left == 0 { Step::Stop } else { Step::Continue(token) })
+    }
+}

@@ -1,0 +1,124 @@
+//! `apbd bench`: the engine's speed on a GPU, with random weights of real models' shapes, beside the device's ceilings in the same run.
+//!
+//! Invariant: every figure is measured in this process, on this device; nothing is extrapolated.
+
+#[cfg(feature = "cuda")]
+mod attention;
+#[cfg(feature = "cuda")]
+mod ceilings;
+#[cfg(feature = "cuda")]
+mod cuda;
+#[cfg(feature = "cuda")]
+mod decode;
+#[cfg(feature = "cuda")]
+mod prefill;
+#[cfg(feature = "cuda")]
+mod report;
+mod shapes;
+
+use clap::{Subcommand, ValueEnum};
+
+use super::database::Format;
+use super::{CliError, Status};
+use shapes::ShapeName;
+
+/// Arguments of `apbd bench`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// What to measure.
+    #[command(subcommand)]
+    what: What,
+}
+
+#[derive(Debug, Subcommand)]
+enum What {
+    /// Prefills of whole documents, with the share of each stage.
+    Prefill(Options),
+    /// Generated tokens after a prefill.
+    Decode(Options),
+    /// The attention kernels alone.
+    Attention(Options),
+}
+
+/// Options of all benchmarks.
+#[derive(Debug, Clone, clap::Args)]
+struct Options {
+    /// Model whose shapes are taken.
+    #[arg(long, value_enum, default_value_t = ShapeName::Llama31)]
+    shape: ShapeName,
+    /// Context lengths in tokens; 128k is 131072.
+    #[arg(long, value_delimiter = ',', default_value = "32k", value_parser = tokens)]
+    tokens: Vec<usize>,
+    /// Attention strategies.
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "full,star,apb")]
+    attention: Vec<Strategy>,
+    /// Hosts of star and APB.
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    hosts: usize,
+    /// Anchor length; by default the paper's for the context.
+    #[arg(long, value_name = "N")]
+    anchor: Option<usize>,
+    /// Passing length; by default the paper's for the context.
+    #[arg(long, value_name = "N")]
+    passing: Option<usize>,
+    /// Hidden units of the retaining heads.
+    #[arg(long, value_name = "N", default_value_t = 1024)]
+    head_width: usize,
+    /// Query tokens.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    query: usize,
+    /// Tokens to generate (decode).
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    steps: usize,
+    /// Runs of each; the median counts.
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    repeats: usize,
+    /// How to print.
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    format: Format,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Strategy {
+    Full,
+    Star,
+    Apb,
+}
+
+impl Args {
+    /// Measures and prints.
+    #[cfg(feature = "cuda")]
+    pub fn execute(self) -> Result<Status, CliError> {
+        cuda::execute(&self.what)
+    }
+
+    /// Says what is missing.
+    #[cfg(not(feature = "cuda"))]
+    pub fn execute(self) -> Result<Status, CliError> {
+        Err(super::device::no_cuda())
+    }
+}
+
+/// `4096`, `32k`, `1m`.
+fn tokens(text: &str) -> Result<usize, String> {
+    let (number, unit) = match text.to_ascii_lowercase() {
+        text if text.ends_with('k') => (text[..text.len() - 1].to_owned(), 1 << 10),
+        text if text.ends_with('m') => (text[..text.len() - 1].to_owned(), 1 << 20),
+        text => (text, 1),
+    };
+    let number: usize = number.parse().map_err(|_| format!("'{text}' is no number of tokens"))?;
+    number.checked_mul(unit).filter(|tokens| *tokens > 0).ok_or_else(|| format!("'{text}' is no number of tokens"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lengths_have_units() {
+        assert_eq!(tokens("4096"), Ok(4096));
+        assert_eq!(tokens("128K"), Ok(131_072));
+        assert_eq!(tokens("1m"), Ok(1_048_576));
+        assert!(tokens("0").is_err() && tokens("many").is_err() && tokens("-1k").is_err());
+    }
+}

@@ -1,0 +1,79 @@
+//! Where the model runs: the options that `run`, `forward` and the engine's process share.
+//!
+//! Invariant: a backend that is not in this build, or a device that is not in this machine, is a usage error that says so.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use clap::ValueEnum;
+
+use super::CliError;
+use crate::engine::{Engine, LocalEngine, LocalOptions};
+
+/// Options of the device.
+#[derive(Debug, Clone, clap::Args)]
+pub(super) struct DeviceArgs {
+    /// Where to compute.
+    #[arg(long, value_enum, env = "APBD_BACKEND", default_value_t = BackendName::Cpu)]
+    pub backend: BackendName,
+    /// Ranks that work on a document together: groups of threads on the CPU, GPUs with cuda. Changes speed, not results.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    pub ranks: u16,
+    /// CPU threads of all ranks together; by default as many as the machine has.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub threads: Option<u16>,
+}
+
+/// Backends of `--backend`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum BackendName {
+    /// This machine's processor.
+    Cpu,
+    /// An NVIDIA GPU.
+    Cuda,
+}
+
+impl DeviceArgs {
+    /// Opens a model where the options say.
+    pub fn open(&self, model: &Path, heads: Option<&Path>) -> Result<Arc<dyn Engine>, CliError> {
+        match self.backend {
+            BackendName::Cpu => Ok(Arc::new(self.open_cpu(model, heads)?)),
+            BackendName::Cuda => self.open_any_cuda(model, heads),
+        }
+    }
+
+    /// Opens a model on the CPU.
+    pub fn open_cpu(&self, model: &Path, heads: Option<&Path>) -> Result<LocalEngine, CliError> {
+        let mut options =
+            LocalOptions { heads: heads.map(Path::to_owned), ranks: self.ranks.into(), ..LocalOptions::default() };
+        options.threads = self.threads.map_or(options.threads, usize::from);
+        LocalEngine::open(model, &options).map_err(|error| CliError::Usage(error.to_string()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn open_any_cuda(&self, model: &Path, heads: Option<&Path>) -> Result<Arc<dyn Engine>, CliError> {
+        Ok(Arc::new(self.open_cuda(model, heads)?))
+    }
+
+    #[cfg(not(feature = "cuda"))]
+    fn open_any_cuda(&self, _model: &Path, _heads: Option<&Path>) -> Result<Arc<dyn Engine>, CliError> {
+        Err(no_cuda())
+    }
+
+    /// Opens a model on a GPU.
+    #[cfg(feature = "cuda")]
+    pub fn open_cuda(&self, model: &Path, heads: Option<&Path>) -> Result<crate::engine::CudaEngine, CliError> {
+        if self.ranks > 1 {
+            let reason = "--ranks: with cuda a model runs on one GPU; --hosts cuts a document into parts on it";
+            return Err(CliError::Usage(reason.to_owned()));
+        }
+        let options = crate::engine::CudaEngineOptions { heads: heads.map(Path::to_owned), ..Default::default() };
+        crate::engine::CudaEngine::open(model, &options).map_err(|error| CliError::Usage(error.to_string()))
+    }
+}
+
+/// What a build without the feature says.
+#[cfg(not(feature = "cuda"))]
+pub(super) fn no_cuda() -> CliError {
+    CliError::Usage("cuda is not in this build; build with `--features cuda`, or use --backend cpu".to_owned())
+}
