@@ -1,0 +1,160 @@
+//! What a layer does to each row: embedding, norm, products, MLP, RoPE, logits.
+
+use apbd::backend::cuda::Cuda;
+use apbd::backend::{Backend, HeadShape, KvMut};
+
+use super::Test;
+use super::values::{Steps, Values, judge, poisoned, product, rounded};
+
+pub const TESTS: &[Test] = &[
+    ("embedding_is_a_copy", embedding),
+    ("rms_norm", rms_norm),
+    ("linear_layers", linear),
+    ("mlp", mlp),
+    ("rope_rotates_and_stores", rope),
+    ("copied_rows_are_the_same", copies),
+    ("logits_of_one_row", logits),
+];
+
+fn embedding(cuda: &Cuda) {
+    for cols in [8, 264, 4096] {
+        let table = Values::random(1, 50, cols, 1.0);
+        let ids = [49u32, 0, 7, 7, 31];
+        let mut out = poisoned(cuda, 6, cols);
+        cuda.embed(&table.weight(cuda), &ids, &mut out).unwrap();
+        let got = Values::read(cuda, &out, 6, cols);
+        for (row, id) in ids.iter().enumerate() {
+            assert_eq!(got.row(row), table.row(*id as usize));
+        }
+        assert!(got.row(5).iter().all(|value| value.is_nan()));
+    }
+}
+
+fn norm_of(x: &Values, w: &Values, epsilon: f64, steps: Steps) -> Values {
+    Values::from_fn(x.rows, x.cols, |i, j| {
+        let mean = x.row(i).iter().map(|value| value * value).sum::<f64>() / x.cols as f64;
+        steps.of(steps.of(x.at(i, j) / (mean + epsilon).sqrt()) * w.at(0, j))
+    })
+}
+
+fn rms_norm(cuda: &Cuda) {
+    for (rows, cols) in [(1, 8), (3, 72), (5, 2048), (2, 4096), (3, 5120), (2, 7168), (1, 32768)] {
+        let (x, w) = (Values::random(1, rows + 1, cols, 3.0), Values::random(2, 1, cols, 1.0));
+        let mut out = poisoned(cuda, rows + 1, cols);
+        cuda.rms_norm(rows, &x.matrix(cuda), &w.weight(cuda), 1e-5, &mut out).unwrap();
+        let got = Values::read(cuda, &out, rows + 1, cols);
+        judge(&format!("[{rows}, {cols}]"), &got.first(rows), |steps| norm_of(&x.first(rows), &w, 1e-5, steps), 1e-4);
+        assert!(got.row(rows).iter().all(|value| value.is_nan()));
+    }
+}
+
+fn linear(cuda: &Cuda) {
+    for rows in [1, 2, 3, 17, 64, 129] {
+        for (width, inner) in [(8, 8), (24, 264), (136, 1032), (512, 256)] {
+            for (bias, accumulate) in [(false, false), (true, false), (false, true), (true, true)] {
+                let (x, w) = (Values::random(1, rows, inner, 1.0), Values::random(2, width, inner, 0.2));
+                let (b, before) = (Values::random(3, 1, width, 1.0), Values::random(4, rows, width, 1.0));
+                let mut out = if accumulate { before.matrix(cuda) } else { poisoned(cuda, rows, width) };
+                let weight = b.weight(cuda);
+                cuda.linear(rows, &x.matrix(cuda), &w.weight(cuda), bias.then_some(&weight), accumulate, &mut out)
+                    .unwrap();
+                let of = |steps: Steps| {
+                    let sum = product(&x, &w, steps);
+                    Values::from_fn(rows, width, |i, j| {
+                        let with_bias = steps.of(sum.at(i, j) + if bias { b.at(0, j) } else { 0.0 });
+                        steps.of(with_bias + if accumulate { before.at(i, j) } else { 0.0 })
+                    })
+                };
+                let case = format!("[{rows}, {inner}] x [{width}, {inner}], bias {bias}, accumulate {accumulate}");
+                judge(&case, &Values::read(cuda, &out, rows, width), of, 1e-3);
+            }
+        }
+    }
+}
+
+fn mlp(cuda: &Cuda) {
+    for (rows, hidden, width) in [(1, 64, 136), (2, 64, 136), (33, 128, 264), (4099, 32, 24)] {
+        let (h, x) = (Values::random(1, rows, hidden, 1.0), Values::random(2, rows, hidden, 1.0));
+        let (gate_up, down) = (Values::random(3, 2 * width, hidden, 0.3), Values::random(4, hidden, width, 0.3));
+        let mut out = x.matrix(cuda);
+        cuda.mlp(rows, &h.matrix(cuda), &gate_up.weight(cuda), &down.weight(cuda), &mut out).unwrap();
+        let of = |steps: Steps| {
+            let both = product(&h, &gate_up, steps);
+            let inner = Values::from_fn(rows, width, |i, j| {
+                let gate = both.at(i, j);
+                steps.of(steps.of(gate / (1.0 + (-gate).exp())) * both.at(i, width + j))
+            });
+            let back = product(&inner, &down, steps);
+            Values::from_fn(rows, hidden, |i, j| steps.of(x.at(i, j) + back.at(i, j)))
+        };
+        judge(&format!("{rows} rows"), &Values::read(cuda, &out, rows, hidden), of, 1e-3);
+    }
+}
+
+fn rope(cuda: &Cuda) {
+    for (heads, kv_heads, head_dim) in [(2, 1, 16), (4, 2, 64), (3, 3, 128)] {
+        let shape = HeadShape { heads, kv_heads, head_dim };
+        let half = head_dim / 2;
+        let inv_freq: Vec<f32> = (0..half).map(|i| 10_000f32.powf(-(i as f32) / half as f32)).collect();
+        let scale = 1.25f32;
+        let positions = [0u32, 1, 2, 5, 6, 1_000_000, 1_000_001, 3];
+        let (first, rows) = (2, positions.len());
+        let qkv = Values::random(1, first + rows + 1, shape.qkv_width(), 1.0);
+        let mut device = qkv.matrix(cuda);
+        let (mut k, mut v) = (poisoned(cuda, rows + 4, shape.kv_width()), poisoned(cuda, rows + 4, shape.kv_width()));
+        let kv = KvMut { k: &mut k, v: &mut v, first_row: 3 };
+        cuda.rope_store(shape, first..first + rows, &positions, &inv_freq, scale, &mut device, kv).unwrap();
+        let got = Values::read(cuda, &device, qkv.rows, qkv.cols);
+        let of = |steps: Steps| {
+            Values::from_fn(qkv.rows, qkv.cols, |row, col| {
+                let (head, d) = (col / head_dim, col % head_dim);
+                if row < first || row >= first + rows || head >= heads + kv_heads {
+                    return qkv.at(row, col);
+                }
+                let angle = f64::from(positions[row - first]) * f64::from(inv_freq[d % half]);
+                let (sine, cosine) =
+                    (steps.of(angle.sin() * f64::from(scale)), steps.of(angle.cos() * f64::from(scale)));
+                let (a, b) = (qkv.at(row, head * head_dim + d % half), qkv.at(row, head * head_dim + d % half + half));
+                steps.of(if d < half {
+                    steps.of(a * cosine) - steps.of(b * sine)
+                } else {
+                    steps.of(b * cosine) + steps.of(a * sine)
+                })
+            })
+        };
+        judge(&format!("{shape:?}"), &got, of, 1e-4);
+        let (k, v) =
+            (Values::read(cuda, &k, rows + 4, shape.kv_width()), Values::read(cuda, &v, rows + 4, shape.kv_width()));
+        for row in 0..rows + 4 {
+            if (3..3 + rows).contains(&row) {
+                let from = got.row(first + row - 3);
+                assert_eq!(k.row(row), &from[shape.q_width()..shape.q_width() + shape.kv_width()]);
+                assert_eq!(v.row(row), &from[shape.q_width() + shape.kv_width()..]);
+            } else {
+                assert!(k.row(row).iter().chain(v.row(row)).all(|value| value.is_nan()));
+            }
+        }
+    }
+}
+
+fn copies(cuda: &Cuda) {
+    let from = Values::random(1, 9, 40, 1.0);
+    let mut to = poisoned(cuda, 7, 40);
+    cuda.copy_rows(&from.matrix(cuda), 4, 5, &mut to, 1).unwrap();
+    let got = Values::read(cuda, &to, 7, 40);
+    assert_eq!(&got.data[40..240], &from.data[160..360]);
+    assert!(got.row(0).iter().chain(got.row(6)).all(|value| value.is_nan()));
+}
+
+fn logits(cuda: &Cuda) {
+    let (vocab, cols) = (333, 136);
+    let (x, norm, head) =
+        (Values::random(1, 4, cols, 2.0), Values::random(2, 1, cols, 1.0), Values::random(3, vocab, cols, 0.3));
+    let got = cuda.logits(&x.matrix(cuda), 2, &norm.weight(cuda), 1e-6, &head.weight(cuda)).unwrap();
+    let got = Values { rows: 1, cols: vocab, data: got.into_iter().map(f64::from).collect() };
+    let row = Values { rows: 1, cols, data: x.row(2).to_vec() };
+    // The normed row is in bf16 either way; sums stay in f32.
+    let normed = norm_of(&row, &norm, 1e-6, Steps::Exact);
+    let normed = Values::from_fn(1, cols, |i, j| rounded(normed.at(i, j)));
+    judge("logits", &got, |steps| product(&normed, &head, steps), 1e-4);
+}

@@ -1,0 +1,151 @@
+//! Whole models on the GPU against the CPU backend: every strategy and selector, logits and greedy tokens.
+
+use std::path::Path;
+
+use apbd::backend::cuda::{AttentionPath, CudaOptions};
+use apbd::engine::devices::Devices;
+use apbd::engine::{
+    CudaEngine, CudaEngineOptions, Driver, Engine, EngineError, Job, LocalEngine, LocalOptions, ModelEngine, Progress,
+};
+use apbd::generate::generator::Step;
+use apbd::generate::sampler::argmax;
+use apbd::plan::{AttentionMode, AttentionRequest, Selector};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+
+pub const TESTS: &[(&str, fn())] = &[
+    ("models_agree_with_the_cpu", small_models),
+    ("the_shipped_model_agrees_with_the_cpu", shipped_model),
+    ("ten_runs_are_equal_to_the_bit", ten_runs),
+    ("a_document_too_long_for_the_memory_is_refused", too_long),
+];
+
+/// Of the largest logit: what bf16 costs a model of a few layers.
+const TOLERANCE: f32 = 0.05;
+const STEPS: usize = 6;
+const MEMORY_BYTES: usize = 900 << 20;
+
+/// Logits of every step; the tokens are those that the first run chose.
+struct Forced<'a> {
+    tokens: Option<&'a [u32]>,
+    chosen: Vec<u32>,
+    logits: Vec<Vec<f32>>,
+}
+
+impl Driver for Forced<'_> {
+    fn progress(&mut self, _: Progress) -> bool {
+        true
+    }
+
+    fn next(&mut self, logits: &mut [f32]) -> Result<Step, EngineError> {
+        self.logits.push(logits.to_vec());
+        let own = argmax(logits).unwrap();
+        self.chosen.push(own);
+        let token = self.tokens.map_or(own, |tokens| tokens[self.chosen.len() - 1]);
+        Ok(if self.chosen.len() == STEPS { Step::Stop } else { Step::Continue(token) })
+    }
+}
+
+fn run<'a, D: Devices>(
+    engine: &ModelEngine<D>,
+    (context, query): (&[u32], &[u32]),
+    request: &AttentionRequest,
+    tokens: Option<&'a [u32]>,
+) -> Forced<'a> {
+    let plan = engine.plan(context.len(), query.len(), 3, request).unwrap();
+    let mut driver = Forced { tokens, chosen: Vec::new(), logits: Vec::new() };
+    engine.run(&Job { context, query, plan: &plan, new_tokens: STEPS }, &mut driver).unwrap();
+    driver
+}
+
+fn requests(heads: bool) -> Vec<AttentionRequest> {
+    let of = |mode, selector| AttentionRequest {
+        mode: Some(mode),
+        hosts: Some(5),
+        anchor: Some(40),
+        passing: Some(16),
+        selector,
+        query_in_anchor: None,
+    };
+    let mut requests = vec![
+        AttentionRequest { mode: Some(AttentionMode::Full), ..AttentionRequest::default() },
+        AttentionRequest { mode: Some(AttentionMode::Ring), hosts: Some(3), ..AttentionRequest::default() },
+        AttentionRequest { mode: Some(AttentionMode::Star), hosts: Some(4), ..AttentionRequest::default() },
+        of(AttentionMode::Apb, Some(Selector::QueryAware)),
+        of(AttentionMode::Apb, Some(Selector::Random { seed: 7 })),
+        of(AttentionMode::Apb, Some(Selector::None)),
+    ];
+    if heads {
+        requests.push(of(AttentionMode::Apb, Some(Selector::RetainingHead)));
+    }
+    requests
+}
+
+fn tokens(count: usize, vocab: usize, seed: u64) -> Vec<u32> {
+    let mut random = StdRng::seed_from_u64(seed);
+    (0..count).map(|_| random.random_range(0..vocab as u32)).collect()
+}
+
+fn open(model: &Path, attention: AttentionPath) -> CudaEngine {
+    let backend = CudaOptions { memory_bytes: Some(MEMORY_BYTES), attention };
+    CudaEngine::open(model, &CudaEngineOptions { backend, ..CudaEngineOptions::default() }).unwrap()
+}
+
+fn compare(model: &Path, context: usize, query: usize) {
+    let cpu = LocalEngine::open(model, &LocalOptions::default()).unwrap();
+    for attention in [AttentionPath::Fastest, AttentionPath::Portable] {
+        let cuda = open(model, attention);
+        for request in requests(cpu.has_retaining_heads()) {
+            let vocab = cpu.spec().vocab;
+            let job = (&tokens(context, vocab, 1)[..], &tokens(query, vocab, 2)[..]);
+            let expected = run(&cpu, job, &request, None);
+            let got = run(&cuda, job, &request, Some(&expected.chosen));
+            for (step, (got, expected)) in got.logits.iter().zip(&expected.logits).enumerate() {
+                let largest = expected.iter().fold(0f32, |largest, value| largest.max(value.abs()));
+                let error = got.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max) / largest;
+                assert!(
+                    error < TOLERANCE,
+                    "{}, {request:?}, {attention:?}, step {step}: relative error {error:.3}",
+                    model.display()
+                );
+            }
+        }
+    }
+}
+
+fn small_models() {
+    for model in ["llama-3.1", "qwen2.5-yarn", "yi", "llama-linear"] {
+        compare(&Path::new("fixtures/goldens").join(model), 150, 9);
+    }
+}
+
+fn shipped_model() {
+    compare(Path::new("fixtures/model"), 1500, 30);
+}
+
+fn ten_runs() {
+    let cuda = open(Path::new("fixtures/model"), AttentionPath::Fastest);
+    let vocab = cuda.spec().vocab;
+    for request in requests(true) {
+        let job = (&tokens(2000, vocab, 1)[..], &tokens(20, vocab, 2)[..]);
+        let bits = |run: Forced<'_>| run.logits.into_iter().flatten().map(f32::to_bits).collect::<Vec<_>>();
+        let first = bits(run(&cuda, job, &request, None));
+        for _ in 0..9 {
+            assert!(bits(run(&cuda, job, &request, None)) == first, "{request:?}");
+        }
+    }
+}
+
+fn too_long() {
+    let cuda = open(Path::new("fixtures/model"), AttentionPath::Fastest);
+    let request = AttentionRequest { mode: Some(AttentionMode::Full), ..AttentionRequest::default() };
+    // Positions suffice; what would be needed is known before anything is taken.
+    let most = cuda.info().max_tokens;
+    let refused = cuda.plan(most - 100, 10, 0, &request);
+    assert!(
+        matches!(refused, Err(EngineError::Memory { needed_bytes, available_bytes, .. }) if needed_bytes > available_bytes),
+        "{refused:?}"
+    );
+    let plan = cuda.plan(1000, 10, 0, &request).unwrap();
+    assert_eq!(plan.context, 1000);
+}
