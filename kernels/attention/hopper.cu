@@ -297,6 +297,7 @@ struct Consumer {
         for (RingPosition<2> at;; at.advance()) {
             barrier_wait(&shared.work_full[at.stage], at.parity);
             const int number = shared.work[at.stage];
+            sync_warp();  // every lane has read it
             release(&shared.work_empty[at.stage]);
             if (number < 0) break;
             const Piece piece(plan, shape, number);

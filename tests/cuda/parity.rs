@@ -20,8 +20,10 @@ pub const TESTS: &[(&str, fn())] = &[
     ("a_document_too_long_for_the_memory_is_refused", too_long),
 ];
 
-/// Of the largest logit: what bf16 costs a model of a few layers.
-const TOLERANCE: f32 = 0.05;
+/// Error of logits, of the largest: twice what `transformers` has in bf16 against f32 on the models of random weights (8.5 % at most of 30 runs).
+const RANDOM_MODEL_TOLERANCE: f32 = 0.17;
+/// The same of the trained model, which is far less sensitive.
+const SHIPPED_MODEL_TOLERANCE: f32 = 0.05;
 const STEPS: usize = 6;
 const MEMORY_BYTES: usize = 900 << 20;
 
@@ -87,11 +89,15 @@ fn tokens(count: usize, vocab: usize, seed: u64) -> Vec<u32> {
 }
 
 fn open(model: &Path, attention: AttentionPath) -> CudaEngine {
-    let backend = CudaOptions { memory_bytes: Some(MEMORY_BYTES), attention };
+    open_with(model, attention, MEMORY_BYTES)
+}
+
+fn open_with(model: &Path, attention: AttentionPath, memory_bytes: usize) -> CudaEngine {
+    let backend = CudaOptions { memory_bytes: Some(memory_bytes), attention };
     CudaEngine::open(model, &CudaEngineOptions { backend, ..CudaEngineOptions::default() }).unwrap()
 }
 
-fn compare(model: &Path, context: usize, query: usize) {
+fn compare(model: &Path, context: usize, query: usize, tolerance: f32) {
     let cpu = LocalEngine::open(model, &LocalOptions::default()).unwrap();
     for attention in [AttentionPath::Fastest, AttentionPath::Portable] {
         let cuda = open(model, attention);
@@ -104,7 +110,7 @@ fn compare(model: &Path, context: usize, query: usize) {
                 let largest = expected.iter().fold(0f32, |largest, value| largest.max(value.abs()));
                 let error = got.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max) / largest;
                 assert!(
-                    error < TOLERANCE,
+                    error < tolerance,
                     "{}, {request:?}, {attention:?}, step {step}: relative error {error:.3}",
                     model.display()
                 );
@@ -115,12 +121,12 @@ fn compare(model: &Path, context: usize, query: usize) {
 
 fn small_models() {
     for model in ["llama-3.1", "qwen2.5-yarn", "yi", "llama-linear"] {
-        compare(&Path::new("fixtures/goldens").join(model), 150, 9);
+        compare(&Path::new("fixtures/goldens").join(model), 150, 9, RANDOM_MODEL_TOLERANCE);
     }
 }
 
 fn shipped_model() {
-    compare(Path::new("fixtures/model"), 1500, 30);
+    compare(Path::new("fixtures/model"), 1500, 30, SHIPPED_MODEL_TOLERANCE);
 }
 
 fn ten_runs() {
@@ -137,7 +143,7 @@ fn ten_runs() {
 }
 
 fn too_long() {
-    let cuda = open(Path::new("fixtures/model"), AttentionPath::Fastest);
+    let cuda = open_with(Path::new("fixtures/model"), AttentionPath::Fastest, 400 << 20);
     let request = AttentionRequest { mode: Some(AttentionMode::Full), ..AttentionRequest::default() };
     // Positions suffice; what would be needed is known before anything is taken.
     let most = cuda.info().max_tokens;

@@ -2,6 +2,8 @@
 //!
 //! Invariant: every query row of every task belongs to exactly one row tile, and every key tile a row tile sees to exactly one of its pieces.
 
+use std::cmp::Reverse;
+
 use crate::backend::{AttentionTask, Mask};
 
 /// A row tile's and a key tile's size, and how far a row tile's keys may be split.
@@ -40,19 +42,23 @@ struct RowTile {
 }
 
 impl WorkList {
-    /// Cuts `tasks`. The longest pieces come first, so that the last ones to finish are short.
+    /// Cuts `tasks`. Those with the longest row tiles come first, so that what ends last is short; the pieces of a task stay together, since they
+    /// read the same keys and values at about the same time.
     pub fn new<'a>(tasks: impl IntoIterator<Item = &'a AttentionTask>, tiling: &Tiling) -> Self {
         let mut list = Self::default();
         let mut row_tiles = Vec::new();
+        let mut longest = Vec::new();
         for task in tasks {
             list.add(task);
+            let first = row_tiles.len();
             row_tiles.extend(row_tiles_of(list.tasks.len() - 1, task, tiling));
+            longest.push(row_tiles[first..].iter().map(|row_tile| row_tile.tiles).max().unwrap_or(0));
         }
         let most = tiles_of_a_piece(&row_tiles, tiling);
         for row_tile in &row_tiles {
             list.split(row_tile, most);
         }
-        list.works.sort_by_key(|&[_, _, _, tiles, _]| std::cmp::Reverse(tiles));
+        list.works.sort_by_key(|&[task, _, _, tiles, _]| (Reverse(longest[task as usize]), task, Reverse(tiles)));
         list
     }
 

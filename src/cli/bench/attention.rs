@@ -12,6 +12,9 @@ use crate::backend::cuda::Cuda;
 use crate::backend::{AttentionTask, Backend, BackendError, HeadShape, KvRef, Mask, Segment};
 use crate::cli::CliError;
 
+/// Runs before those that count, while the device's clock finds its pace.
+const WARM_UP: usize = 8;
+
 /// Appends a row for each length and case.
 pub(super) fn measure(options: &Options, rows: &mut Vec<Row>) -> Result<(), CliError> {
     let cuda = device(options, rows)?;
@@ -83,8 +86,8 @@ fn one(
         (cuda.random_matrix(2, 1.0, rows, shape.kv_width())?, cuda.random_matrix(3, 1.0, rows, shape.kv_width())?);
     let mut out = cuda.matrix(rows, shape.q_width())?;
     let sources = [KvRef { k: &k, v: &v }];
-    let repeats = 2 * options.repeats + 1;
-    let times = cuda.time(2, repeats, || cuda.attention(shape, &q, &sources, &tasks, &mut out, None))?;
+    let times =
+        cuda.time(WARM_UP, 4 * options.repeats + 1, || cuda.attention(shape, &q, &sources, &tasks, &mut out, None))?;
     let ms = milliseconds(times);
     let flops = 4.0 * shape.q_width() as f64 * tasks.iter().map(visible_pairs).sum::<f64>();
     let mut row = Row::new();

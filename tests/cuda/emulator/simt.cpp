@@ -130,6 +130,7 @@ const uint8_t (*exchange(const void* mine, size_t bytes))[64] {
     Exchange& area = exchanges[current->warp];
     const unsigned generation = area.generation;
     std::memcpy(area.slots[generation % 2][current->lane], mine, bytes);
+    ++progress;
     if (++area.arrived == 32) {
         area.arrived = 0;
         ++area.generation;
@@ -142,10 +143,10 @@ const uint8_t (*exchange(const void* mine, size_t bytes))[64] {
 void named_barrier(int id, int threads, bool wait) {
     NamedBarrier& barrier = named[id];
     const unsigned generation = barrier.generation;
+    ++progress;
     if (++barrier.arrived == threads) {
         barrier.arrived = 0;
         ++barrier.generation;
-        ++progress;
     } else if (wait) {
         wait_until([&] { return barrier.generation != generation; });
     }
@@ -155,6 +156,7 @@ void sync_block() {
     NamedBarrier& barrier = named[0];
     const unsigned generation = barrier.generation;
     ++barrier.arrived;
+    ++progress;
     wait_until([&] {
         if (barrier.generation != generation) return true;
         if (size_t(barrier.arrived) < live) return false;

@@ -147,9 +147,12 @@ inline void products_commit() {
     mine.groups.push_back(std::move(mine.open));
     mine.open.clear();
 }
+// The warp waits as one: no lane goes on before all have their results.
 template <int PENDING>
 void products_wait() {
     emulator::complete(PENDING);
+    const int lane = emulator::current->lane;
+    emulator::exchange(&lane, sizeof lane);
 }
 template <int N>
 void pin(float (&)[N]) {}
