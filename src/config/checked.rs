@@ -61,6 +61,8 @@ pub struct EngineConfig {
     pub model: Option<PathBuf>,
     /// Retaining heads; absent: the model's own.
     pub heads: Option<PathBuf>,
+    /// Where the model runs: `cpu` or `cuda`.
+    pub backend: String,
     /// Ranks at most.
     pub ranks: usize,
     /// Threads of all ranks; absent: all there are.
@@ -267,11 +269,14 @@ fn check_engine(raw: raw::Engine, faults: &mut Vec<String>) -> EngineConfig {
         );
     }
     refuse(faults, raw.ranks == Some(0), "[engine] ranks: at least 1");
+    let backend = raw.backend.unwrap_or_else(|| "cpu".to_owned());
+    refuse(faults, !["cpu", "cuda"].contains(&backend.as_str()), "[engine] backend: cpu or cuda");
     let factor = raw.silence_factor.unwrap_or(5.0);
     refuse(faults, !(1.0..=1000.0).contains(&factor), "[engine] silence_factor: not in 1..1000");
     EngineConfig {
         model: raw.model,
         heads: raw.heads,
+        backend,
         ranks: raw.ranks.unwrap_or(1),
         threads: raw.threads,
         names: raw.names.unwrap_or_default(),

@@ -12,7 +12,8 @@ use toml::{Table, Value};
 /// Sections whose keys the environment can set.
 const SECTIONS: [&str; 6] = ["database", "amqp", "files", "engine", "work", "http"];
 /// Variables of other parts of the program that begin alike.
-const OTHERS: [&str; 4] = ["APBD_LOG", "APBD_LOG_FORMAT", "APBD_MODEL", "APBD_FAILPOINT"];
+const OTHERS: [&str; 6] =
+    ["APBD_LOG", "APBD_LOG_FORMAT", "APBD_MODEL", "APBD_FAILPOINT", "APBD_BACKEND", "APBD_REQUIRE_GPU"];
 
 macro_rules! section {
     ($(#[doc = $doc:literal])+ $name:ident { $($key:ident: $type:ty,)+ }) => {
@@ -42,7 +43,7 @@ section! {
 section! {
     /// The model and its process.
     Engine {
-        model: PathBuf, heads: PathBuf, ranks: usize, threads: usize, names: Vec<String>, command: Vec<String>,
+        model: PathBuf, heads: PathBuf, backend: String, ranks: usize, threads: usize, names: Vec<String>, command: Vec<String>,
         start_within_s: u64, silence_floor_s: u64, silence_factor: f64,
     }
 }

@@ -1,6 +1,7 @@
 //! The CUDA backend against definitions in f64, operation by operation, and whole models against the CPU backend.
 //!
-//! Runs on the first device that the driver shows. Without one every test is listed as ignored; `APBD_REQUIRE_GPU=1` makes that a failure.
+//! Runs on the first device that the driver shows, which may be the emulator (`emulator/build`). Without one every test is listed as ignored;
+//! `APBD_REQUIRE_GPU=1` makes that a failure.
 //!
 //! Invariant: outputs are poisoned before an operation, inputs are random, and what is allowed follows from what bf16 costs a plain computation.
 
@@ -26,6 +27,14 @@ use libtest_mimic::{Arguments, Failed, Trial};
 /// Device memory of the tests: enough for all of them, little enough to share a device.
 const MEMORY_BYTES: usize = 1 << 30;
 
+/// What takes the emulator minutes.
+const TOO_LONG_TO_EMULATE: [&str; 4] = [
+    "attention_is_the_same_every_time",
+    "large_weights_come_whole",
+    "the_shipped_model_agrees_with_the_cpu",
+    "ten_runs_are_equal_to_the_bit",
+];
+
 /// A test by name.
 type Test = (&'static str, fn(&Cuda));
 
@@ -40,8 +49,8 @@ fn main() -> ExitCode {
     let on_device =
         [attention::TESTS, layers::TESTS, partials::TESTS, selection::TESTS, weights::TESTS, failures::TESTS];
     let mut trials: Vec<Trial> = on_device.into_iter().flatten().map(|test| trial(&device, *test)).collect();
-    let missing = device.lock().unwrap().is_none();
     trials.extend(parity::TESTS.iter().map(|(name, test)| {
+        let ignored = is_ignored(&device, name);
         let device = device.clone();
         let run = move || {
             // An engine opens the device for itself.
@@ -49,7 +58,7 @@ fn main() -> ExitCode {
             test();
             Ok(())
         };
-        Trial::test(*name, run).with_ignored_flag(missing)
+        Trial::test(*name, run).with_ignored_flag(ignored)
     }));
     libtest_mimic::run(&arguments, trials).exit_code()
 }
@@ -58,14 +67,22 @@ fn open(attention: AttentionPath) -> Result<Cuda, BackendError> {
     Cuda::open(0, &CudaOptions { memory_bytes: Some(MEMORY_BYTES), attention })
 }
 
+/// Whether a test can not run here, or should not.
+fn is_ignored(device: &Mutex<Option<Cuda>>, name: &str) -> bool {
+    match &*device.lock().unwrap() {
+        None => true,
+        Some(device) => device.device_name() == "emulator" && TOO_LONG_TO_EMULATE.contains(&name),
+    }
+}
+
 /// A test on the shared device. A failed one leaves it usable: what it held is given back when it unwinds.
 fn trial(device: &Arc<Mutex<Option<Cuda>>>, (name, test): Test) -> Trial {
-    let missing = device.lock().unwrap().is_none();
+    let ignored = is_ignored(device, name);
     let device = device.clone();
     let run = move || -> Result<(), Failed> {
         let guard = device.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         test(guard.as_ref().unwrap());
         Ok(())
     };
-    Trial::test(name, run).with_ignored_flag(missing)
+    Trial::test(name, run).with_ignored_flag(ignored)
 }

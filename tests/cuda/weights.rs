@@ -42,7 +42,7 @@ fn refused(cuda: &Cuda) {
     for (bad, dtype) in
         [(f32::NAN, DType::F32), (f32::INFINITY, DType::F32), (f32::MAX, DType::F32), (f32::NAN, DType::F16)]
     {
-        let mut values = vec![0.5f32; 6 * 8];
+        let mut values = [0.5f32; 6 * 8];
         values[4 * 8 + 3] = bad;
         let bytes: Vec<u8> = match dtype {
             DType::F16 => values.iter().flat_map(|value| f16::from_f32(*value).to_le_bytes()).collect(),

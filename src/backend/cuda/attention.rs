@@ -374,7 +374,7 @@ fn check(call: &Call<'_>, tasks: &[AttentionTask]) -> Result<(), BackendError> {
     require(OP, even, "heads a multiple of KV heads, neither empty", format!("{:?}", call.shape))?;
     require(OP, HEAD_DIMS.contains(&head_dim), &format!("head_dim of {HEAD_DIMS:?}"), head_dim)?;
     let queries = tasks.iter().map(|task| task.queries.end).max().unwrap_or(0);
-    let wide_enough = call.q.rows >= queries && call.q.cols >= call.shape.q_width() && call.q.cols % 8 == 0;
+    let wide_enough = call.q.rows >= queries && call.q.cols >= call.shape.q_width() && call.q.cols.is_multiple_of(8);
     let q_got = format!("[{}, {}]", call.q.rows, call.q.cols);
     require(OP, wide_enough, &format!("q [at least {queries}, at least {}]", call.shape.q_width()), q_got)?;
     call.out.need(OP, "out", queries, call.shape.q_width())?;

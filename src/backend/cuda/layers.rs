@@ -41,7 +41,7 @@ impl Cuda {
     pub(super) fn run_embed(&self, table: &CudaWeight, ids: &[u32], x: &mut CudaMatrix) -> Result<(), BackendError> {
         let op = "embed";
         x.need(op, "x", ids.len(), table.cols)?;
-        require(op, table.cols % 8 == 0, "columns a multiple of 8", table.cols)?;
+        require(op, table.cols.is_multiple_of(8), "columns a multiple of 8", table.cols)?;
         let largest = ids.iter().copied().max().unwrap_or(0) as usize;
         require(op, largest < table.rows, &format!("ids below {}", table.rows), largest)?;
         let device_ids = self.arena.take(op, ids.len() * 4)?;
@@ -68,7 +68,7 @@ impl Cuda {
         w.need(op, "w", 1, w.cols)?;
         require(
             op,
-            w.cols % 8 == 0 && w.cols <= MAX_NORM_COLS,
+            w.cols.is_multiple_of(8) && w.cols <= MAX_NORM_COLS,
             &format!("columns a multiple of 8, at most {MAX_NORM_COLS}"),
             w.cols,
         )?;
@@ -100,7 +100,7 @@ impl Cuda {
         if let Some(bias) = bias {
             bias.need(op, "bias", 1, w.rows)?;
         }
-        require(op, w.cols % 8 == 0, "columns a multiple of 8", w.cols)?;
+        require(op, w.cols.is_multiple_of(8), "columns a multiple of 8", w.cols)?;
         let bias = bias.map_or(0, |bias| bias.piece.address());
         if rows == 1 {
             return self.gemv(x.row(0), w, bias, accumulate, out.row(0));
@@ -138,7 +138,7 @@ impl Cuda {
         gate_up.need(op, "gate_up", 2 * width, down.rows)?;
         require(
             op,
-            width % 8 == 0 && gate_up.cols % 8 == 0,
+            width.is_multiple_of(8) && gate_up.cols.is_multiple_of(8),
             "widths that are multiples of 8",
             format!("{width}, {}", gate_up.cols),
         )?;
@@ -205,7 +205,7 @@ impl Cuda {
         require(op, inv_freq.len() == half, &format!("{half} frequencies"), inv_freq.len())?;
         require(
             op,
-            shape.head_dim % 16 == 0 && half <= MAX_PAIRS,
+            shape.head_dim.is_multiple_of(16) && half <= MAX_PAIRS,
             "head_dim a multiple of 16, at most 256",
             shape.head_dim,
         )?;

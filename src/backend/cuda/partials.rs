@@ -58,5 +58,5 @@ impl Cuda {
 }
 
 fn check_heads(op: &'static str, shape: HeadShape) -> Result<(), BackendError> {
-    require(op, shape.head_dim % 8 == 0, "head_dim a multiple of 8", shape.head_dim)
+    require(op, shape.head_dim.is_multiple_of(8), "head_dim a multiple of 8", shape.head_dim)
 }

@@ -155,7 +155,7 @@ impl Cuda {
     ) -> Result<(), BackendError> {
         let op = "gather_kv";
         require(op, chosen.heads == shape.kv_heads, &format!("rows for {} heads", shape.kv_heads), chosen.heads)?;
-        require(op, shape.head_dim % 8 == 0, "head_dim a multiple of 8", shape.head_dim)?;
+        require(op, shape.head_dim.is_multiple_of(8), "head_dim a multiple of 8", shape.head_dim)?;
         if chosen.k == 0 {
             return Ok(());
         }

@@ -16,13 +16,12 @@ use crate::plan::{AttentionMode, AttentionRequest, PrefillPlan};
 
 /// Runs a benchmark and prints its figures, the device's ceilings first.
 pub(super) fn execute(what: &What) -> Result<Status, CliError> {
-    let (options, measure): (_, fn(&Options, &mut Vec<Row>) -> Result<(), CliError>) = match what {
-        What::Prefill(options) => (options, prefill::measure),
-        What::Decode(options) => (options, decode::measure),
-        What::Attention(options) => (options, attention::measure),
-    };
     let mut rows = Vec::new();
-    measure(options, &mut rows)?;
+    let options = match what {
+        What::Prefill(options) => prefill::measure(options, &mut rows).map(|()| options),
+        What::Decode(options) => decode::measure(options, &mut rows).map(|()| options),
+        What::Attention(options) => attention::measure(options, &mut rows).map(|()| options),
+    }?;
     print(&rows, options.format)?;
     Ok(Status::Done)
 }

@@ -161,6 +161,7 @@ impl Daemon {
             let own = std::env::current_exe().map_err(|error| CliError::Internal(format!("own program: {error}")))?;
             let text = |path: &Path| path.display().to_string();
             options.program = vec![text(&own), "engine".to_owned(), "--model".to_owned(), text(model)];
+            options.program.extend(["--backend".to_owned(), engine.backend.clone()]);
             options.program.extend(["--ranks".to_owned(), engine.ranks.to_string()]);
             if let Some(heads) = &engine.heads {
                 options.program.extend(["--heads".to_owned(), text(heads)]);
