@@ -19,14 +19,14 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("prompt", &["job", "model"]),
     ("objects", &[]),
     ("document", &["job", "objects"]),
-    ("store", &["job", "plan", "generate"]),
+    ("store", &["job", "plan", "generate", "failpoint"]),
     ("telemetry", &[]),
     ("failpoint", &[]),
     ("config", &["job", "store", "document", "intake", "objects", "supervise"]),
     // Of the pipeline the doors know only how the process is told to stop.
     ("intake", &["job", "store", "document", "objects", "pipeline", "telemetry", "failpoint"]),
     ("outbox", &["job", "store", "intake", "pipeline", "telemetry", "failpoint"]),
-    ("pipeline", &["job", "store", "document", "prompt", "engine", "generate", "plan", "model"]),
+    ("pipeline", &["job", "store", "document", "prompt", "engine", "generate", "plan", "model", "failpoint"]),
     ("supervise", &["engine", "plan", "telemetry"]),
 ];
 

@@ -95,6 +95,7 @@ impl Dispatcher {
                 Some(publisher) => publisher,
                 None => slot.insert(Publisher::connect(&self.broker, &self.health).await?),
             };
+            failpoint::reach("outbox.taken");
             for event in &events {
                 self.send(publisher, event).await?;
             }
@@ -116,6 +117,7 @@ impl Dispatcher {
             Ok(()) => {
                 failpoint::reach("outbox.sent");
                 self.store.outbox_confirm(&[event.event_id]).await?;
+                failpoint::reach("outbox.confirmed");
                 metrics::EVENTS.add(&["sent"], 1);
                 return Ok(());
             }

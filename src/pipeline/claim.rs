@@ -9,7 +9,11 @@ use tokio::sync::mpsc;
 use super::events::Event;
 use super::infer::{Ended, Ready};
 use super::shutdown::{Phase, Shutdown};
+use super::work::{Interrupt, Work};
 use super::{Pipeline, PipelineError};
+use crate::engine::InferRequest;
+use crate::failpoint;
+use crate::job::JobError;
 use crate::store::{Claim, ClaimRequest, JobFilter, JobState, StoreError};
 
 /// Wait before a store is asked again that did not answer: doubled each time, up to the second.
@@ -29,15 +33,32 @@ impl Pipeline {
                 room = ready.reserve() => room.map_err(|_| PipelineError::EngineGone)?,
             };
             let Some(claim) = self.next(&shutdown, &ready).await? else { return Ok(()) };
+            failpoint::reach("claim.committed");
             let mut work = self.held.hold(claim);
             self.parts.events.event(Event::Claimed { job: &work.claim.job, lease: work.held.lease });
-            match self.prepare(&mut work).await {
-                Ok(request) => room.send(Ready::new(work, request)),
+            match self.prepare_unless_called_off(&mut work, &shutdown).await {
+                Ok(request) => {
+                    failpoint::reach("claim.prepared");
+                    room.send(Ready::new(work, request));
+                }
                 Err(error) => {
                     let unsent = ended.send(Ended { work, result: Err(error) }).await;
                     unsent.map_err(|_| PipelineError::EngineGone)?;
                 }
             }
+        }
+    }
+
+    /// A document that comes slowly must not hold up a stop or a cancel; reading it is dropped where it stands.
+    async fn prepare_unless_called_off(&self, work: &mut Work, shutdown: &Shutdown) -> Result<InferRequest, JobError> {
+        let held = work.held.clone();
+        tokio::select! {
+            prepared = self.prepare(work) => prepared,
+            () = shutdown.draining() => {
+                held.interrupt(Interrupt::Shutdown);
+                Err(held.interrupted().unwrap_or(Interrupt::Shutdown).error())
+            }
+            why = held.called_off() => Err(why.error()),
         }
     }
 

@@ -1,9 +1,11 @@
 //! Signs of life for all held jobs, and what they bring back: cancels, lost leases. Sweeps up after dead workers on the way.
 //!
-//! Invariant: three beats fit into a lease, so that one lost beat loses no job.
+//! Invariant: three beats fit into a lease, so that one lost beat loses no job. Nobody sweeps before the store has answered for a whole
+//! lease: after an outage every lease has run out, and those who live renew theirs first.
 
 use std::sync::Arc;
 
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
@@ -11,34 +13,38 @@ use super::Pipeline;
 use super::work::{Held, Interrupt};
 use crate::store::{Beat, LeaseState, StoreError};
 
-/// Beats between two sweeps.
-const SWEEP_EVERY: u64 = 3;
+/// Beats in a row that were answered in time before a sweep.
+const SWEEP_AFTER: u32 = 3;
 
 impl Pipeline {
     /// Beats until `over`.
     pub(super) async fn beat(self: Arc<Self>, over: CancellationToken) {
-        for beat in 1_u64.. {
+        let interval = self.settings.lease / 3;
+        let mut answered = 0;
+        loop {
             tokio::select! {
                 () = over.cancelled() => return,
-                () = tokio::time::sleep(self.settings.lease / 3) => {}
+                () = tokio::time::sleep(interval) => {}
             }
+            let asked = Instant::now();
             // A store that does not answer now may do so before the leases have run out.
-            if let Err(error) = self.renew().await {
+            let renewed = self.renew().await;
+            answered = if renewed.is_ok() && asked.elapsed() <= interval { answered + 1 } else { 0 };
+            if let Err(error) = renewed {
                 warn!(error.kind = "heartbeat", error.message = %error, "leases not renewed");
             }
-            if beat % SWEEP_EVERY == 0
-                && let Err(error) = self.parts.store.sweep().await
-            {
-                warn!(error.kind = "sweep", error.message = %error, "expired leases not swept");
+            if answered >= SWEEP_AFTER {
+                answered = 0;
+                if let Err(error) = self.parts.store.sweep().await {
+                    warn!(error.kind = "sweep", error.message = %error, "expired leases not swept");
+                }
             }
         }
     }
 
+    /// Asks also when nothing is held: whether the store answers decides on the next sweep.
     async fn renew(&self) -> Result<(), StoreError> {
         let held = self.held.all();
-        if held.is_empty() {
-            return Ok(());
-        }
         let beats: Vec<Beat> = held.iter().map(|held| Beat { lease: held.lease, progress: held.progress() }).collect();
         let states = self.parts.store.heartbeat(&self.settings.worker, self.settings.lease, &beats).await?;
         held.iter().zip(states).for_each(|(held, state)| tell(held, state));

@@ -15,6 +15,7 @@ use super::events::{Event, EventSink};
 use super::shutdown::{Phase, Shutdown};
 use super::work::{Interrupt, Work};
 use crate::engine::{EngineError, InferOutcome, InferRequest, Progress};
+use crate::failpoint;
 use crate::job::{ErrorCode, JobError, Stage};
 use crate::store::JobProgress;
 
@@ -51,7 +52,9 @@ pub(super) fn spawn(
             if shutdown.phase() != Phase::Working {
                 work.held.interrupt(Interrupt::Shutdown);
             }
+            failpoint::reach("engine.asked");
             let result = work.check().and_then(|()| infer(&parts, &mut work, &request));
+            failpoint::reach("engine.answered");
             if ended.blocking_send(Ended { work, result }).is_err() {
                 return;
             }
@@ -91,6 +94,7 @@ fn observer<'a>(events: &'a Arc<dyn EventSink>, work: &'a Work) -> impl Fn(Progr
             Progress::Prefill { layers_done, layers } => (Stage::Prefill, layers_done, layers),
             Progress::Generate { tokens, at_most } => (Stage::Generate, tokens, at_most),
         };
+        failpoint::reach("engine.progressed");
         held.progressed(JobProgress { stage, done: done as u64, total: total as u64 });
         events.event(Event::Progressed { job, progress });
         held.interrupted().is_none()

@@ -98,12 +98,14 @@ pub struct Pipeline {
     parts: Parts,
     settings: Settings,
     held: Holder,
+    /// A stop was asked for, and its grace has passed.
+    grace_over: CancellationToken,
 }
 
 impl Pipeline {
     /// A pipeline that does nothing before [`run`](Self::run).
     pub fn new(parts: Parts, settings: Settings) -> Self {
-        Self { parts, settings, held: Holder::default() }
+        Self { parts, settings, held: Holder::default(), grace_over: CancellationToken::new() }
     }
 
     /// Works until all jobs of `settings.only` have ended, or `shutdown` says to drain.
@@ -141,7 +143,10 @@ impl Pipeline {
         };
         tokio::select! {
             () = over.cancelled() => {}
-            () = grace => self.held.interrupt_all(Interrupt::Shutdown),
+            () = grace => {
+                self.held.interrupt_all(Interrupt::Shutdown);
+                self.grace_over.cancel();
+            }
         }
     }
 }

@@ -1,6 +1,7 @@
 //! The third hand: writes what came of an attempt, until the store has it.
 //!
-//! Invariant: a result is given up only if its lease is lost or the process is told to stop at once.
+//! Invariant: a result is given up only if its lease is lost, or the process has to stop (at once, or its grace is over) while the store
+//! does not answer.
 
 use std::time::Instant;
 
@@ -14,6 +15,7 @@ use super::shutdown::Shutdown;
 use super::work::{Interrupt, Work};
 use super::{Pipeline, PipelineError};
 use crate::engine::InferOutcome;
+use crate::failpoint;
 use crate::job::{JobError, Stage};
 use crate::store::{AttemptReport, Ending};
 
@@ -53,7 +55,10 @@ impl Pipeline {
         let documents = std::mem::take(&mut work.documents);
         let report = AttemptReport { ending, stages: work.stages, documents };
         let (job, lease) = (&work.claim.job, work.held.lease);
-        match self.finish(&work, &report, shutdown).await? {
+        failpoint::reach("record.begun");
+        let written = self.finish(&work, &report, shutdown).await?;
+        failpoint::reach("record.committed");
+        match written {
             true => self.parts.events.event(Event::Ended { job, lease, report: &report }),
             false => self.parts.events.event(Event::Lost { job, lease }),
         }
@@ -70,6 +75,7 @@ impl Pipeline {
             };
             tokio::select! {
                 () = shutdown.stopping() => break,
+                () = self.grace_over.cancelled() => break,
                 () = tokio::time::sleep(pause) => {}
             }
         }

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use chrono::{DateTime, Utc};
+use tokio::sync::Notify;
 
 use crate::job::{DocumentFacts, ErrorCode, JobError, ResultFlags, Stage, StageTimes};
 use crate::store::{Claim, JobProgress, Lease};
@@ -42,6 +43,8 @@ pub(super) struct Held {
     pub lease: Lease,
     deadline: Option<DateTime<Utc>>,
     state: Mutex<(Option<Interrupt>, Option<JobProgress>)>,
+    /// Wakes who waits in [`called_off`](Self::called_off); a permit stays if nobody does yet.
+    told: Notify,
 }
 
 impl Held {
@@ -50,6 +53,17 @@ impl Held {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         if state.0.is_none() || why == Interrupt::LeaseLost {
             state.0 = Some(why);
+            self.told.notify_one();
+        }
+    }
+
+    /// Returns when the job is called off. One waiter at a time.
+    pub async fn called_off(&self) -> Interrupt {
+        loop {
+            match self.interrupted() {
+                Some(why) => return why,
+                None => self.told.notified().await,
+            }
         }
     }
 
@@ -78,7 +92,7 @@ impl Holder {
     /// Holds a claimed job.
     pub fn hold(&self, claim: Claim) -> Work {
         let state = Mutex::new((None, None));
-        let held = Arc::new(Held { lease: claim.lease(), deadline: claim.job.deadline, state });
+        let held = Arc::new(Held { lease: claim.lease(), deadline: claim.job.deadline, state, told: Notify::new() });
         self.lock().push(held.clone());
         let mut stages = StageTimes::default();
         stages.add(Stage::Queue, claim.queued_for);

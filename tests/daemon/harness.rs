@@ -12,13 +12,14 @@ use std::time::{Duration, Instant};
 use apbd::intake::amqp::{Broker, Message, Publisher, Topology};
 use apbd::job::JobId;
 use apbd::job::retry::RetryPolicy;
-use apbd::store::{Access, JobDetail, JobFilter, JobState, JobSummary, Store, StoreUrl, open};
+use apbd::store::{Access, JobDetail, JobFilter, JobState, JobSummary, Roles, Store, StoreUrl, migrate, open};
 use apbd::telemetry::health::Health;
 use lapin::options::{BasicGetOptions, QueueDeclareOptions};
 use lapin::types::FieldTable;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
+use crate::services::postgres::Postgres;
 use crate::services::{free_port, rabbitmq};
 
 /// Long enough for a machine that compiles at the same time; nothing is measured by it.
@@ -29,6 +30,7 @@ pub struct Site {
     pub directory: TempDir,
     pub queue: String,
     pub broker_url: String,
+    pub database: StoreUrl,
     pub extra: String,
     pub variables: BTreeMap<String, String>,
 }
@@ -43,14 +45,27 @@ impl Site {
     pub fn on(broker_url: &str) -> Self {
         let directory = TempDir::new().expect("a temporary directory");
         fs::create_dir(directory.path().join("documents")).expect("made");
+        let database = StoreUrl::Sqlite(directory.path().join("jobs.db"));
         let site = Self {
             directory,
+            database,
             queue: format!("jobs-{}", JobId::random()),
             broker_url: broker_url.to_owned(),
             extra: String::new(),
             variables: BTreeMap::new(),
         };
         site.document("plain.txt", "A few words to read.");
+        site
+    }
+
+    /// With a migrated database of its own on `server`, which several daemons can share.
+    pub async fn on_postgres(server: &Postgres) -> Self {
+        let database: StoreUrl = server.database().parse().expect("a URL");
+        migrate(&database, &Roles::default()).await.expect("migrated");
+        let mut site = Self::new();
+        site.database = database;
+        site.variables.insert("APBD_AMQP_WINDOW".to_owned(), "2000".to_owned());
+        site.variables.insert("APBD_AMQP_PREFETCH".to_owned(), "200".to_owned());
         site
     }
 
@@ -65,10 +80,6 @@ impl Site {
         format!("file://{}", path.display())
     }
 
-    pub fn database(&self) -> StoreUrl {
-        StoreUrl::Sqlite(self.path("jobs.db"))
-    }
-
     /// Writes the configuration.
     pub fn configuration(&self, port: u16) -> PathBuf {
         let engine = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/daemon/scripted_engine.py");
@@ -76,7 +87,7 @@ impl Site {
             "[database]\nurl = \"{}\"\n[amqp]\nurl = \"{}\"\nqueue = \"{}\"\nreply_targets = [\"done-*\"]\nwindow = 50\nprefetch = 20\n\
              [files]\nfolders = [\"{}\"]\n[engine]\ncommand = [\"python3\", \"{engine}\"]\nsilence_floor_s = 2\n\
              [work]\nlease_s = 3\npoll_ms = 20\ngrace_s = 2\nmax_attempts = 2\n[http]\nlisten = \"127.0.0.1:{port}\"\n{}",
-            self.database(),
+            database_url(&self.database),
             self.broker_url,
             self.queue,
             self.path("documents").display(),
@@ -106,7 +117,7 @@ impl Site {
     pub async fn store(&self) -> Arc<dyn Store> {
         let start = Instant::now();
         loop {
-            match open(&self.database(), Access::Client, RetryPolicy::default()).await {
+            match open(&self.database, Access::Client, RetryPolicy::default()).await {
                 Ok(store) => return store,
                 Err(error) => assert!(start.elapsed() < SOON, "{error}"),
             }
@@ -131,6 +142,12 @@ impl Site {
         id
     }
 
+    /// A job that is answered after so many tenths of a second.
+    pub fn lasting(&self, tenths: u32) -> Value {
+        let uri = format!("file://{}", self.path("documents/plain.txt").display());
+        json!({ "version": 1, "task": "summarise", "documents": [{ "uri": uri }], "seed": 4, "max_new_tokens": tenths })
+    }
+
     /// Sends any JSON.
     pub async fn send_raw(&self, publisher: &Publisher, id: JobId, body: &Value, reply_to: Option<&str>) {
         let body = body.to_string();
@@ -144,6 +161,14 @@ impl Site {
             body: body.as_bytes(),
         };
         publisher.publish(&message).await.expect("published");
+    }
+}
+
+/// As a configuration has it: how a location is displayed leaves out who connects.
+fn database_url(url: &StoreUrl) -> String {
+    match url {
+        StoreUrl::Postgres(text) => text.clone(),
+        StoreUrl::Sqlite(_) => url.to_string(),
     }
 }
 

@@ -7,4 +7,5 @@ mod harness;
 mod intake;
 mod life;
 mod objects;
+mod shared_database;
 mod supervision;

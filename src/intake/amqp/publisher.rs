@@ -9,6 +9,7 @@ use lapin::types::{AMQPValue, FieldTable};
 use lapin::{BasicProperties, Channel, Confirmation, Connection};
 
 use super::broker::{AmqpError, Broker};
+use crate::failpoint;
 use crate::telemetry::health::Component;
 
 /// A blocked broker confirms nothing; longer than this is not waited.
@@ -89,6 +90,7 @@ impl Publisher {
             properties(message),
         );
         let confirm = self.broker.step("publish", sending).await?;
+        failpoint::reach("publish.unconfirmed");
         let timed_out =
             |_| AmqpError::TimedOut { place: self.broker.to_string(), operation: "confirm", bound: CONFIRM_WITHIN };
         let confirmed = tokio::time::timeout(CONFIRM_WITHIN, confirm).await.map_err(timed_out)?;

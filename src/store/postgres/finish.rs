@@ -7,6 +7,7 @@ use sqlx::{Postgres, Transaction};
 
 use super::PostgresStore;
 use super::rows::interval;
+use crate::failpoint;
 use crate::job::clean::clean;
 use crate::job::retry::{FailureCounter, Verdict};
 use crate::job::{JobError, JobResult, Stage};
@@ -58,6 +59,7 @@ impl PostgresStore {
         if !self.end_attempt(&mut transaction, lease, &report, report.ending.outcome()).await? {
             return Ok(false);
         }
+        failpoint::reach("record.uncommitted");
         self.commit("finish", transaction).await?;
         Ok(true)
     }

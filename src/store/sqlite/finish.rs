@@ -6,6 +6,7 @@ use sqlx::{Sqlite, Transaction};
 
 use super::rows::milliseconds;
 use super::{SqliteStore, now};
+use crate::failpoint;
 use crate::job::retry::{FailureCounter, Verdict};
 use crate::job::{JobError, JobResult, Stage};
 use crate::store::{AttemptReport, Ending, JobState, Lease, StoreError, event, name_of};
@@ -54,6 +55,7 @@ impl SqliteStore {
         if !self.end_attempt(&mut transaction, lease, &report, report.ending.outcome()).await? {
             return Ok(false);
         }
+        failpoint::reach("record.uncommitted");
         self.commit("finish", transaction).await?;
         Ok(true)
     }
