@@ -161,7 +161,13 @@ fn check_disposal(at: &str, place: &DocumentUri, raw: &mut raw::Drop, faults: &m
         "tag" if matches!(place, DocumentUri::File { .. }) => {
             fault(faults, &format!("{at} after: files of this machine have no tags"))
         }
-        "tag" => Some(Disposal::Tag(tag.unwrap_or_else(|| "apbd".to_owned()))),
+        "tag" => {
+            let name = tag.unwrap_or_else(|| "apbd".to_owned());
+            let is_plain = |c: char| c.is_alphanumeric() || " +-=._:/@".contains(c);
+            let fits = (1..=128).contains(&name.chars().count()) && name.chars().all(is_plain);
+            refuse(faults, !fits, &format!("{at} tag: 1 to 128 letters, digits and + - = . _ : / @"));
+            Some(Disposal::Tag(name))
+        }
         "move" => {
             let Some(to) = to else { return fault(faults, &format!("{at}: after = \"move\" needs move_to")) };
             let to = destination(&format!("{at} move_to"), place, &to, faults)?;

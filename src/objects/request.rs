@@ -136,11 +136,15 @@ impl ObjectClient {
         }
     }
 
+    /// Names and values of an object's tags.
+    pub async fn tags(&self, bucket: &str, key: &str) -> Result<Vec<(String, String)>, ObjectError> {
+        let answer = self.send(Method::GET, (bucket, key), &[("tagging", "")], HeaderMap::new(), Vec::new()).await?;
+        Ok(tags(&self.text(&self.place(bucket, key), answer).await?))
+    }
+
     /// Gives an object a tag; its others stay.
     pub async fn tag(&self, bucket: &str, key: &str, name: &str, value: &str) -> Result<(), ObjectError> {
-        let answer = self.send(Method::GET, (bucket, key), &[("tagging", "")], HeaderMap::new(), Vec::new()).await?;
-        let place = self.place(bucket, key);
-        let mut all = tags(&self.text(&place, answer).await?);
+        let mut all = self.tags(bucket, key).await?;
         all.retain(|(other, _)| other != name);
         all.push((name.to_owned(), value.to_owned()));
         let mut body = "<Tagging><TagSet>".to_owned();
