@@ -3,9 +3,11 @@
 #[path = "../services/mod.rs"]
 mod services;
 
+mod drops;
 mod harness;
 mod intake;
 mod life;
 mod objects;
+mod reading;
 mod shared_database;
 mod supervision;
