@@ -1,14 +1,16 @@
-//! The first hand: takes jobs from the store, one when there is room for it, and makes them ready for the engine.
+//! The first hand: takes jobs from the store, as many in one claim as there is room for, and makes them ready for the engine at the same time.
 //!
 //! Invariant: nothing is claimed that could not be passed on at once, and nothing at all once the drain has begun.
 
 use std::time::Duration;
 
+use futures_util::future::try_join_all;
 use tokio::sync::mpsc;
 
 use super::events::Event;
 use super::infer::{Ended, Ready};
 use super::shutdown::{Phase, Shutdown};
+use super::work::Work;
 use super::{Pipeline, PipelineError};
 use crate::store::{Claim, ClaimRequest, JobFilter, JobState, StoreError};
 
@@ -28,25 +30,44 @@ impl Pipeline {
                 () = shutdown.draining() => return Ok(()),
                 room = ready.reserve() => room.map_err(|_| PipelineError::EngineGone)?,
             };
-            let Some(claim) = self.next(&shutdown, &ready).await? else { return Ok(()) };
-            let mut work = self.held.hold(claim);
-            self.parts.events.event(Event::Claimed { job: &work.claim.job, lease: work.held.lease });
-            match self.prepare(&mut work).await {
-                Ok(request) => room.send(Ready::new(work, request)),
-                Err(error) => {
-                    let unsent = ended.send(Ended { work, result: Err(error) }).await;
-                    unsent.map_err(|_| PipelineError::EngineGone)?;
-                }
+            // Nobody else sends: what is free now is free until it is filled from here.
+            drop(room);
+            let claims = self.next(ready.capacity(), &shutdown, &ready).await?;
+            if claims.is_empty() {
+                return Ok(());
             }
+            // Every claimed job gets its heartbeat from now on, whichever is prepared first.
+            let held: Vec<Work> = claims.into_iter().map(|claim| self.held.hold(claim)).collect();
+            try_join_all(held.into_iter().map(|work| self.make_ready(work, &ready, &ended))).await?;
         }
     }
 
-    /// The next job; nothing if all have ended, the drain has begun or there is nobody left to take it.
-    async fn next(&self, shutdown: &Shutdown, ready: &mpsc::Sender<Ready>) -> Result<Option<Claim>, PipelineError> {
+    /// Prepares a job and passes it on: to the engine, or with what is wrong with it to the recorder.
+    async fn make_ready(
+        &self,
+        mut work: Work,
+        ready: &mpsc::Sender<Ready>,
+        ended: &mpsc::Sender<Ended>,
+    ) -> Result<(), PipelineError> {
+        self.parts.events.event(Event::Claimed { job: &work.claim.job, lease: work.held.lease });
+        let passed = match self.prepare(&mut work).await {
+            Ok(request) => ready.send(Ready::new(work, request)).await.is_ok(),
+            Err(error) => ended.send(Ended { work, result: Err(error) }).await.is_ok(),
+        };
+        if passed { Ok(()) } else { Err(PipelineError::EngineGone) }
+    }
+
+    /// The next jobs, `limit` at most; none if all have ended, the drain has begun or there is nobody left to take them.
+    async fn next(
+        &self,
+        limit: usize,
+        shutdown: &Shutdown,
+        ready: &mpsc::Sender<Ready>,
+    ) -> Result<Vec<Claim>, PipelineError> {
         let settings = &self.settings;
         let request = ClaimRequest {
             worker: settings.worker.clone(),
-            limit: 1,
+            limit: u32::try_from(limit).unwrap_or(u32::MAX),
             lease: settings.lease,
             models: settings.models.clone(),
             max_bytes: settings.claim_at_most_bytes,
@@ -57,29 +78,25 @@ impl Pipeline {
             // What is claimed while no engine can be had would only be held, and handed back.
             if !self.parts.engine.is_ready() {
                 tokio::select! {
-                    () = shutdown.draining() => return Ok(None),
+                    () = shutdown.draining() => return Ok(Vec::new()),
                     () = tokio::time::sleep(settings.poll) => continue,
                 }
             }
-            let pause = match self.claim_one(&request).await {
-                Ok(Some(claim)) => return Ok(Some(claim)),
-                Ok(None) if self.is_over().await? => return Ok(None),
-                Ok(None) => {
+            let pause = match self.parts.store.claim(&request).await {
+                Ok(claims) if !claims.is_empty() => return Ok(claims),
+                Ok(_) if self.is_over().await? => return Ok(Vec::new()),
+                Ok(_) => {
                     wait = Wait::default();
                     settings.poll
                 }
                 Err(error) => wait.after("claim", error, self)?,
             };
             tokio::select! {
-                () = shutdown.draining() => return Ok(None),
+                () = shutdown.draining() => return Ok(Vec::new()),
                 () = tokio::time::sleep(pause) => {}
             }
         }
-        Ok(None)
-    }
-
-    async fn claim_one(&self, request: &ClaimRequest) -> Result<Option<Claim>, StoreError> {
-        Ok(self.parts.store.claim(request).await?.pop())
+        Ok(Vec::new())
     }
 
     /// Whether all jobs of `only` have ended; never so without such a list.
