@@ -25,7 +25,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("config", &["job", "store", "document", "intake", "objects", "supervise"]),
     // Of the pipeline the doors know only how the process is told to stop.
     ("intake", &["job", "store", "document", "objects", "pipeline", "telemetry", "failpoint"]),
-    ("outbox", &["job", "store", "intake", "pipeline", "telemetry", "failpoint"]),
+    ("outbox", &["job", "store", "intake", "objects", "pipeline", "telemetry", "failpoint"]),
     ("pipeline", &["job", "store", "document", "prompt", "engine", "generate", "plan", "model"]),
     ("supervise", &["engine", "plan", "telemetry"]),
 ];

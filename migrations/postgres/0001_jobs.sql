@@ -121,3 +121,41 @@ CREATE TABLE rejections (
     rejected_at  timestamptz NOT NULL,
     PRIMARY KEY (door, origin, digest)
 );
+
+-- What drop folders have seen: one row a file, of the version that is there now. The truth about what was taken is in `jobs` and `rejections`;
+-- a row that is lost is made again by the next look.
+CREATE TABLE drop_files (
+    place       text NOT NULL,
+    -- Digest of the document's URI; a sidecar has that of the document it belongs to.
+    file        text NOT NULL,
+    is_sidecar  boolean NOT NULL,
+    uri         text NOT NULL,
+    version     text NOT NULL,
+    etag        text,
+    size_bytes  bigint NOT NULL,
+    fault       text,
+    state       text NOT NULL CHECK (state IN ('settling', 'taken', 'rejected', 'disposed')),
+    job_id      uuid,
+    since       timestamptz NOT NULL,
+    seen_at     timestamptz NOT NULL,
+    PRIMARY KEY (place, file, is_sidecar)
+);
+
+CREATE INDEX drop_files_settling ON drop_files (place, file) WHERE state = 'settling' AND NOT is_sidecar;
+CREATE INDEX drop_files_done ON drop_files (place, file) WHERE state IN ('taken', 'rejected') AND NOT is_sidecar;
+
+-- Where results are also written as files, and which are still to be. Empty where nobody wants them.
+CREATE TABLE export_places (
+    place    text PRIMARY KEY,
+    seen_at  timestamptz NOT NULL
+);
+
+CREATE TABLE exports (
+    place         text NOT NULL,
+    job_id        uuid NOT NULL REFERENCES jobs,
+    attempt       integer NOT NULL,
+    available_at  timestamptz NOT NULL,
+    PRIMARY KEY (place, job_id)
+);
+
+CREATE INDEX exports_to_write ON exports (place, available_at);

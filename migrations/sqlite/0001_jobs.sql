@@ -114,3 +114,41 @@ CREATE TABLE rejections (
     rejected_at  INTEGER NOT NULL,
     PRIMARY KEY (door, origin, digest)
 ) STRICT;
+
+-- What drop folders have seen: one row a file, of the version that is there now. The truth about what was taken is in `jobs` and `rejections`;
+-- a row that is lost is made again by the next look.
+CREATE TABLE drop_files (
+    place       TEXT NOT NULL,
+    -- Digest of the document's URI; a sidecar has that of the document it belongs to.
+    file        TEXT NOT NULL,
+    is_sidecar  INTEGER NOT NULL,
+    uri         TEXT NOT NULL,
+    version     TEXT NOT NULL,
+    etag        TEXT,
+    size_bytes  INTEGER NOT NULL,
+    fault       TEXT,
+    state       TEXT NOT NULL CHECK (state IN ('settling', 'taken', 'rejected', 'disposed')),
+    job_id      TEXT,
+    since       INTEGER NOT NULL,
+    seen_at     INTEGER NOT NULL,
+    PRIMARY KEY (place, file, is_sidecar)
+) STRICT;
+
+CREATE INDEX drop_files_settling ON drop_files (place, file) WHERE state = 'settling' AND NOT is_sidecar;
+CREATE INDEX drop_files_done ON drop_files (place, file) WHERE state IN ('taken', 'rejected') AND NOT is_sidecar;
+
+-- Where results are also written as files, and which are still to be. Empty where nobody wants them.
+CREATE TABLE export_places (
+    place    TEXT PRIMARY KEY,
+    seen_at  INTEGER NOT NULL
+) STRICT;
+
+CREATE TABLE exports (
+    place         TEXT NOT NULL,
+    job_id        TEXT NOT NULL REFERENCES jobs,
+    attempt       INTEGER NOT NULL,
+    available_at  INTEGER NOT NULL,
+    PRIMARY KEY (place, job_id)
+) STRICT;
+
+CREATE INDEX exports_to_write ON exports (place, available_at);

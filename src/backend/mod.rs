@@ -317,6 +317,29 @@ pub trait Backend: Send + Sync {
         head: &Self::Weight,
     ) -> Result<Vec<f32>, BackendError>;
 
+    /// The token with the highest of [`Backend::logits`], of equals the lowest; what greedy choice needs of them, without bringing them to the host.
+    /// `None` if one of the logits is not finite.
+    fn best_token(
+        &self,
+        x: &Self::Matrix,
+        row: usize,
+        norm: &Self::Weight,
+        epsilon: f32,
+        head: &Self::Weight,
+    ) -> Result<Option<u32>, BackendError> {
+        let logits = self.logits(x, row, norm, epsilon, head)?;
+        if logits.iter().any(|logit| !logit.is_finite()) {
+            return Ok(None);
+        }
+        let mut best = 0;
+        for (token, logit) in logits.iter().enumerate() {
+            if *logit > logits[best] {
+                best = token;
+            }
+        }
+        Ok(Some(best as u32))
+    }
+
     /// Called between layers. A device that runs behind the host lets it get ahead by a few calls at most, so that a caller who
     /// is told of progress, or cancels, is not told long before the device has come there.
     fn pace(&self) -> Result<(), BackendError> {

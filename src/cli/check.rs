@@ -8,6 +8,7 @@ use super::run::model;
 use super::{CliError, Status, print, runtime};
 use crate::config::{AmqpConfig, Config};
 use crate::intake::amqp::AmqpError;
+use crate::intake::dropfolder::Profiles;
 use crate::job::DocumentUri;
 use crate::job::retry::RetryPolicy;
 use crate::objects::ObjectClient;
@@ -66,8 +67,8 @@ async fn connect(config: &Config, clients: &[ObjectClient], lines: &mut Vec<Line
     for client in clients {
         for allowed in config.locations.objects.iter().filter(|allowed| allowed.store == client.alias()) {
             let place = format!("store s3://{}/{}/{}", allowed.store, allowed.bucket, allowed.prefix);
-            let listed = client.list(&allowed.bucket, &allowed.prefix, None).await;
-            lines.push((place, listed.map(|_| "can be listed".to_owned()).map_err(|error| error.to_string())));
+            let probed = client.probe(&allowed.bucket, &allowed.prefix).await;
+            lines.push((place, probed.map(|probe| probe.summary()).map_err(|error| error.to_string())));
         }
     }
     for folder in &config.locations.folders {
@@ -76,7 +77,17 @@ async fn connect(config: &Config, clients: &[ObjectClient], lines: &mut Vec<Line
     }
     for drop in &config.drops {
         let kind = if matches!(drop.at, DocumentUri::S3 { .. }) { "prefix" } else { "folder" };
-        lines.push((format!("drop {kind} {}", drop.at), Ok(format!("task {}", drop.task.as_str()))));
+        let said = match &drop.profiles {
+            Profiles::One(profile) => format!("task {}", profile.task.as_str()),
+            Profiles::ByFolder(profiles) => {
+                let names: Vec<&str> = profiles.keys().map(String::as_str).collect();
+                format!("profiles {}", names.join(", "))
+            }
+        };
+        lines.push((format!("drop {kind} {}", drop.at), Ok(said)));
+    }
+    if let Some(to) = &config.results {
+        lines.push((format!("results {to}"), Ok("not tried: nothing is written".to_owned())));
     }
 }
 

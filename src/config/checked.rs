@@ -8,12 +8,13 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
+use super::places;
 use super::raw::{self, Raw};
 use crate::document::fetch::{AllowedPrefix, Locations};
 use crate::intake::amqp::{Admission, Broker, Topology};
-use crate::intake::dropfolder::DropProfile;
+use crate::intake::dropfolder::DropPlace;
 use crate::job::retry::RetryPolicy;
-use crate::job::{DocumentUri, MessageLimits, Priority, Task, TemplateId};
+use crate::job::{DocumentUri, MessageLimits};
 use crate::objects::{Credentials, StoreOptions};
 use crate::store::StoreUrl;
 use crate::supervise::EngineOptions;
@@ -36,7 +37,9 @@ pub struct Config {
     /// Where health and metrics are served.
     pub listen: SocketAddr,
     /// Prefixes and folders whose files become jobs.
-    pub drops: Vec<DropProfile>,
+    pub drops: Vec<DropPlace>,
+    /// Prefix or folder where results are also written.
+    pub results: Option<DocumentUri>,
 }
 
 /// The queue.
@@ -92,7 +95,7 @@ pub struct WorkConfig {
 
 /// Checks everything; `None` where too much is wrong to go on.
 pub(super) fn check(raw: Raw, faults: &mut Vec<String>) -> Option<Config> {
-    let Raw { database, amqp, files, engine, work, http, stores, drops } = raw;
+    let Raw { database, amqp, files, results, engine, work, http, stores, drops } = raw;
     let url = secret("database", "url", database.url, database.url_file.as_deref(), faults);
     let database = match url {
         Some(url) => parsed::<StoreUrl>("[database] url", &url, faults),
@@ -111,8 +114,13 @@ pub(super) fn check(raw: Raw, faults: &mut Vec<String>) -> Option<Config> {
     let drops: Vec<_> = drops
         .into_iter()
         .enumerate()
-        .filter_map(|(index, drop)| check_drop(index + 1, drop, &locations, faults))
+        .filter_map(|(index, drop)| places::check_drop(index + 1, drop, &locations, faults))
         .collect();
+    let results =
+        places::check_results(results, |alias| stores.iter().any(|store: &StoreOptions| store.alias == alias), faults);
+    places::check_apart(&drops, results.as_ref(), faults);
+    let hears = drops.iter().any(|drop| drop.events_queue.is_some());
+    refuse(faults, hears && amqp.is_none(), "[[drop]] events_queue: needs [amqp]");
     if amqp.is_none() && drops.is_empty() {
         faults.push("neither [amqp] nor [[drop]]: there is no way for jobs to come in".to_owned());
     }
@@ -129,6 +137,7 @@ pub(super) fn check(raw: Raw, faults: &mut Vec<String>) -> Option<Config> {
         work,
         listen: listen?,
         drops,
+        results,
     })
 }
 
@@ -231,35 +240,6 @@ fn check_store(
     })
 }
 
-fn check_drop(number: usize, raw: raw::Drop, locations: &Locations, faults: &mut Vec<String>) -> Option<DropProfile> {
-    let at = format!("[[drop]] {number}");
-    let Some(place) = raw.at else {
-        return fault(faults, &format!("{at}: at is missing; expected s3://… or file:///…"));
-    };
-    let uri = parsed::<DocumentUri>(&format!("{at} at"), &place, faults)?;
-    if let Err(reason) = locations.allows(&uri) {
-        faults.push(format!("{at} at: {reason}: list it in [[store]] allowed or [files] folders"));
-    }
-    let task = raw.task.as_deref().unwrap_or("summarise");
-    let template = match raw.template {
-        Some(text) => Some(parsed::<TemplateId>(&format!("{at} template"), &text, faults)?),
-        None => None,
-    };
-    let priority = Priority::try_from(raw.priority.unwrap_or(Priority::NORMAL.get()))
-        .map_err(|reason| faults.push(format!("{at} priority: {reason}")))
-        .ok();
-    Some(DropProfile {
-        at: uri,
-        task: parsed::<Task>(&format!("{at} task"), task, faults)?,
-        instruction: raw.instruction,
-        template,
-        model: raw.model,
-        priority: priority?,
-        settle: Duration::from_secs(raw.settle_s.unwrap_or(10)),
-        poll: Duration::from_secs(raw.poll_s.unwrap_or(30)),
-    })
-}
-
 fn check_engine(raw: raw::Engine, faults: &mut Vec<String>) -> EngineConfig {
     if let Some(model) = &raw.model {
         refuse(
@@ -322,16 +302,16 @@ fn read(key: &str, path: &Path, faults: &mut Vec<String>) -> Option<String> {
     fs::read_to_string(path).map_err(|error| faults.push(format!("{key}: {}: {error}", path.display()))).ok()
 }
 
-fn parsed<T: FromStr<Err: ToString>>(key: &str, text: &str, faults: &mut Vec<String>) -> Option<T> {
+pub(super) fn parsed<T: FromStr<Err: ToString>>(key: &str, text: &str, faults: &mut Vec<String>) -> Option<T> {
     text.parse().map_err(|error: T::Err| faults.push(format!("{key}: {}", error.to_string()))).ok()
 }
 
-fn fault<T>(faults: &mut Vec<String>, text: &str) -> Option<T> {
+pub(super) fn fault<T>(faults: &mut Vec<String>, text: &str) -> Option<T> {
     faults.push(text.to_owned());
     None
 }
 
-fn refuse(faults: &mut Vec<String>, wrong: bool, text: &str) {
+pub(super) fn refuse(faults: &mut Vec<String>, wrong: bool, text: &str) {
     if wrong {
         faults.push(text.to_owned());
     }

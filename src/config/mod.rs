@@ -4,6 +4,7 @@
 //! is in a message or in `Debug`.
 
 mod checked;
+mod places;
 mod raw;
 
 use std::collections::BTreeMap;

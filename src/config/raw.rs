@@ -10,7 +10,7 @@ use serde::de::DeserializeOwned;
 use toml::{Table, Value};
 
 /// Sections whose keys the environment can set.
-const SECTIONS: [&str; 6] = ["database", "amqp", "files", "engine", "work", "http"];
+const SECTIONS: [&str; 7] = ["database", "amqp", "files", "results", "engine", "work", "http"];
 /// Variables of other parts of the program that begin alike.
 const OTHERS: [&str; 6] =
     ["APBD_LOG", "APBD_LOG_FORMAT", "APBD_MODEL", "APBD_FAILPOINT", "APBD_BACKEND", "APBD_REQUIRE_GPU"];
@@ -67,10 +67,22 @@ section! {
     }
 }
 section! {
+    /// Where results are also written.
+    Results { at: String, }
+}
+section! {
     /// A prefix or folder whose files become jobs.
     Drop {
-        at: String, task: String, instruction: String, template: String, model: String, priority: u8, settle_s: u64,
-        poll_s: u64,
+        at: String, task: String, instruction: String, template: String, model: String, priority: u8,
+        schema: toml::Table, schema_file: PathBuf, profile: BTreeMap<String, Profile>, settle_s: u64, poll_s: u64,
+        sidecar: String, events_queue: String, after: String, tag: String, move_to: String, failed_to: String,
+    }
+}
+section! {
+    /// What to do with files below one folder of the place.
+    Profile {
+        task: String, instruction: String, template: String, model: String, priority: u8, schema: toml::Table,
+        schema_file: PathBuf,
     }
 }
 
@@ -80,6 +92,7 @@ pub struct Raw {
     pub database: Database,
     pub amqp: Option<Amqp>,
     pub files: Files,
+    pub results: Results,
     pub engine: Engine,
     pub work: Work,
     pub http: Http,
@@ -99,6 +112,7 @@ impl Raw {
             database: take(&mut table, "database", faults).unwrap_or_default(),
             amqp: take(&mut table, "amqp", faults),
             files: take(&mut table, "files", faults).unwrap_or_default(),
+            results: take(&mut table, "results", faults).unwrap_or_default(),
             engine: take(&mut table, "engine", faults).unwrap_or_default(),
             work: take(&mut table, "work", faults).unwrap_or_default(),
             http: take(&mut table, "http", faults).unwrap_or_default(),

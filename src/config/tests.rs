@@ -39,3 +39,32 @@ fn the_environment_goes_before_the_file_and_no_secret_is_shown() {
     assert_eq!(config.amqp.as_ref().expect("a queue").reply_targets, ["done"]);
     assert!(!format!("{config:?}").contains("s3cret"), "{config:?}");
 }
+
+#[test]
+fn drop_folders_have_profiles_and_feed_no_one_twice() {
+    let base = "[database]\nurl = \"sqlite:x.db\"\n[files]\nfolders = [\"/d\"]\n\
+        [[store]]\nalias = \"main\"\nanonymous = true\nallowed = [\"b\"]\n";
+    let parse = |text: &str| Config::parse(&format!("{base}{text}"), &environment(&[]));
+    let good = "[results]\nat = \"s3://main/b/out\"\n[[drop]]\nat = \"s3://main/b/drop\"\nafter = \"move\"\nmove_to = \"s3://main/b/done/\"\n\
+        [drop.profile.facts]\ntask = \"extract\"\nschema = { type = \"object\" }\n[drop.profile.sum]\n\
+        [[drop]]\nat = \"file:///d/in\"\n";
+    let config = parse(good).expect("a configuration");
+    assert_eq!(config.drops[0].at.to_string(), "s3://main/b/drop/", "a prefix ends with a slash");
+    assert_eq!(config.results.map(|to| to.to_string()).as_deref(), Some("s3://main/b/out/"));
+    let wrong = [
+        ("[[drop]]\nat = \"file:///d\"\nafter = \"tag\"\n", "no tags"),
+        ("[[drop]]\nat = \"file:///d\"\nafter = \"move\"\n", "needs move_to"),
+        ("[[drop]]\nat = \"file:///d\"\nafter = \"move\"\nmove_to = \"file:///d/done\"\n", "come in again"),
+        ("[[drop]]\nat = \"file:///d\"\n[results]\nat = \"file:///d/out\"\n", "come in again"),
+        ("[[drop]]\nat = \"file:///d\"\nmove_to = \"file:///e\"\n", "after = \"move\""),
+        ("[[drop]]\nat = \"file:///d\"\n[[drop]]\nat = \"file:///d/x\"\n", "overlap"),
+        ("[[drop]]\nat = \"file:///d\"\ntask = \"extract\"\n", "needs a schema"),
+        ("[[drop]]\nat = \"file:///d\"\ntask = \"ask\"\n[drop.profile.a]\n", "write task"),
+        ("[[drop]]\nat = \"s3://main/b/x/\"\nevents_queue = \"q\"\n", "needs [amqp]"),
+        ("[[drop]]\nat = \"file:///d\"\n[results]\nat = \"s3://other/b/x\"\n", "alias other"),
+    ];
+    for (text, fault) in wrong {
+        let faults = parse(text).expect_err(text).to_string();
+        assert!(faults.contains(fault), "{fault} is not in:\n{faults}");
+    }
+}

@@ -9,6 +9,7 @@ use crate::backend::Backend;
 use crate::comm::Comm;
 use crate::generate::generator::Step;
 
+use super::decode::Decoder;
 use super::rank::{ROOT, Rank, RankError};
 use super::{EngineError, Progress};
 
@@ -18,6 +19,14 @@ pub trait Driver: Send {
     fn progress(&mut self, progress: Progress) -> bool;
     /// What follows from the logits of the last token, `[vocab]`.
     fn next(&mut self, logits: &mut [f32]) -> Result<Step, EngineError>;
+    /// Whether [`Driver::take`] will do for the next token: the likeliest one is wanted, and nothing else of the logits.
+    fn is_greedy(&self) -> bool {
+        false
+    }
+    /// What follows from the likeliest token; asked instead of [`Driver::next`] while the driver is greedy.
+    fn take(&mut self, best: u32) -> Result<Step, EngineError> {
+        Ok(Step::Continue(best))
+    }
 }
 
 /// A rank's side of the agreement; the driver is there on the root alone.
@@ -51,12 +60,12 @@ impl<'a> Control<'a> {
         }
     }
 
-    /// The next token; all ranks get the same. `logits` is called on the root alone. Where the root fails or is cancelled,
+    /// The next token; all ranks get the same. `decoder` is asked on the root alone. Where the root fails or is cancelled,
     /// the others are told to stop.
     pub fn next<B: Backend, C: Comm<B::Matrix, B::Scores>>(
         &mut self,
         rank: &Rank<'_, B, C>,
-        logits: impl FnOnce() -> Result<Vec<f32>, RankError>,
+        decoder: &Decoder<'_, '_, B, C>,
     ) -> Result<Step, RankError> {
         if self.driver.is_none() {
             return Ok(match rank.comm.broadcast(ROOT, STOP)? {
@@ -64,7 +73,7 @@ impl<'a> Control<'a> {
                 token => Step::Continue((token - GO_ON) as u32),
             });
         }
-        let step = self.choose(logits()?);
+        let step = self.choose(decoder);
         let word = match step {
             Ok(Step::Continue(token)) => GO_ON + u64::from(token),
             _ => STOP,
@@ -73,9 +82,17 @@ impl<'a> Control<'a> {
         step
     }
 
-    fn choose(&mut self, mut logits: Vec<f32>) -> Result<Step, RankError> {
+    fn choose<B: Backend, C: Comm<B::Matrix, B::Scores>>(
+        &mut self,
+        decoder: &Decoder<'_, '_, B, C>,
+    ) -> Result<Step, RankError> {
         let Some(driver) = &mut self.driver else { return Ok(Step::Stop) };
-        let step = driver.next(&mut logits)?;
+        let best = if driver.is_greedy() { decoder.best_token()? } else { None };
+        let step = match best {
+            Some(token) => driver.take(token)?,
+            // Not greedy, or something is wrong with the logits: the driver says what.
+            None => driver.next(&mut decoder.logits()?)?,
+        };
         if let Step::Continue(_) = step {
             self.tokens += 1;
             if !driver.progress(Progress::Generate { tokens: self.tokens, at_most: self.at_most }) {

@@ -76,6 +76,13 @@ impl<'r, 'a, B: Backend, C: Comm<B::Matrix, B::Scores>> Decoder<'r, 'a, B, C> {
         Ok(rank.backend.logits(x, self.last_row, &rank.weights.final_norm, rank.spec.epsilon, head)?)
     }
 
+    /// The likeliest token after the last one that was appended; `None` if its logits are not finite.
+    pub fn best_token(&self) -> Result<Option<u32>, RankError> {
+        let (rank, x) = (self.rank, &self.activations.x);
+        let head = rank.weights.language_model_head();
+        Ok(rank.backend.best_token(x, self.last_row, &rank.weights.final_norm, rank.spec.epsilon, head)?)
+    }
+
     fn pass(&mut self, tokens: &[u32]) -> Result<(), RankError> {
         let (rank, rows) = (self.rank, tokens.len());
         let first = self.plan.context + self.stored;
@@ -123,6 +130,12 @@ impl<'r, 'a, B: Backend, C: Comm<B::Matrix, B::Scores>> Decoder<'r, 'a, B, C> {
     fn attend(&mut self, layer: usize, rows: usize, tasks: &[AttentionTask]) -> Result<(), RankError> {
         let (rank, backend, shape) = (self.rank, self.rank.backend, self.rank.shape());
         let hosts = self.plan.hosts.len();
+        if hosts == 1 {
+            // Nothing to stack, and nobody to gather from.
+            let (q, sources) = (&self.activations.qkv, [self.cache.layers[layer].view()]);
+            backend.attention(shape, q, &sources, tasks, &mut self.activations.attended, None)?;
+            return Ok(());
+        }
         let mut parts = self.parts.take().expect("in place between collectives");
         for task in tasks {
             backend.copy_rows(&self.activations.qkv, 0, rows, &mut self.queries, task.queries.start)?;

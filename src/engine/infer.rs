@@ -50,7 +50,7 @@ pub(super) fn infer<B: Backend, C: Comm<B::Matrix, B::Scores>>(
     let prefilled = Instant::now();
     let mut decoder = Decoder::new(rank, job.plan, cache)?;
     decoder.append(job.query)?;
-    while let Step::Continue(token) = control.next(rank, || decoder.logits())? {
+    while let Step::Continue(token) = control.next(rank, &decoder)? {
         decoder.append(&[token])?;
     }
     rank.backend.synchronize()?;

@@ -187,10 +187,22 @@ impl Driver for Inference<'_> {
     }
 
     fn next(&mut self, logits: &mut [f32]) -> Result<Step, EngineError> {
-        self.generator.next(logits).map_err(|error| match error {
-            GenerateError::Constraint(error) => generation_error(error),
-            error => EngineError::Model { reason: error.to_string() },
-        })
+        self.generator.next(logits).map_err(step_error)
+    }
+
+    fn is_greedy(&self) -> bool {
+        self.generator.is_greedy()
+    }
+
+    fn take(&mut self, best: u32) -> Result<Step, EngineError> {
+        self.generator.take(best).map_err(step_error)
+    }
+}
+
+fn step_error(error: GenerateError) -> EngineError {
+    match error {
+        GenerateError::Constraint(error) => generation_error(error),
+        error => EngineError::Model { reason: error.to_string() },
     }
 }
 

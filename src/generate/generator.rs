@@ -91,6 +91,23 @@ impl<'a> Generator<'a> {
         }
         let nothing = GenerateError::NothingAllowed { tokens: self.tokens.len() };
         let token = self.sampler.choose(logits).ok_or(nothing)?;
+        self.follow(token)
+    }
+
+    /// Whether the likeliest token is all that is wanted of the logits, so that [`Generator::take`] will do.
+    pub fn is_greedy(&self) -> bool {
+        self.constraint.is_none() && self.sampler.is_greedy()
+    }
+
+    /// As [`Generator::next`], where somebody else has found the likeliest token, of finite logits.
+    pub fn take(&mut self, best: u32) -> Result<Step, GenerateError> {
+        if self.tokens.len() >= self.at_most {
+            return Ok(self.end(StopReason::Length));
+        }
+        self.follow(best)
+    }
+
+    fn follow(&mut self, token: u32) -> Result<Step, GenerateError> {
         if self.stop_tokens.contains(&token) {
             return Ok(self.end(StopReason::EndOfText));
         }
@@ -173,6 +190,19 @@ mod tests {
     fn a_stop_token_ends_the_output_and_is_not_in_it() {
         let out = generate(&[0, 1, 25, 2], &options(9, &[]), None);
         assert_eq!((out.tokens, out.text.as_str(), out.stop), (vec![0, 1], "ab", StopReason::EndOfText));
+    }
+
+    #[test]
+    fn the_likeliest_token_is_as_good_as_its_logits() {
+        let options = options(9, &["bc"]);
+        let mut generator = Generator::new(&options, &[25], None, &letters);
+        assert!(generator.is_greedy());
+        let steps = [0, 1, 2].map(|token| generator.take(token).unwrap());
+        assert_eq!(steps, [Step::Continue(0), Step::Continue(1), Step::Stop]);
+        assert_eq!(generator.finish(), generate(&[0, 1, 2], &options, None));
+        assert!(!Generator::new(&options, &[], Some(Box::new(AThenB(0))), &letters).is_greedy());
+        let warm = GenerationOptions { temperature: 0.5, ..options.clone() };
+        assert!(!Generator::new(&warm, &[], None, &letters).is_greedy());
     }
 
     #[test]

@@ -20,10 +20,15 @@ impl Sampler {
         Self { temperature: options.temperature, top_p: options.top_p, random: StdRng::seed_from_u64(options.seed) }
     }
 
+    /// Whether the likeliest token is always chosen.
+    pub fn is_greedy(&self) -> bool {
+        self.temperature <= 0.0
+    }
+
     /// Chooses from `logits`; forbidden tokens are negative infinity. `None` if every token is forbidden.
     pub fn choose(&mut self, logits: &[f32]) -> Option<u32> {
         let best = argmax(logits)?;
-        if self.temperature <= 0.0 {
+        if self.is_greedy() {
             return Some(best);
         }
         let nucleus = nucleus(logits, logits[best as usize], self.temperature, self.top_p);

@@ -18,6 +18,8 @@ const PAGE_BYTES: usize = 16 << 20;
 pub struct Listed {
     /// Key, as it is.
     pub key: String,
+    /// Whether that is so: a key that is not UTF-8 is shown as the server encodes it, and cannot be asked for.
+    pub is_exact: bool,
     /// Bytes.
     pub size: u64,
     /// Entity tag, without quotes.
@@ -75,10 +77,10 @@ fn page(xml: &str) -> Result<Page, String> {
         ([_, "EncodingType"], _) => encoded = text == Some("url"),
         _ => {}
     })?;
-    if encoded {
-        for object in &mut page.objects {
-            object.key = decoded(&object.key).ok_or("a key is not decodable")?;
-        }
+    for object in &mut page.objects {
+        let key = if encoded { decoded(&object.key) } else { Some(object.key.clone()) };
+        object.is_exact = key.is_some();
+        object.key = key.unwrap_or_else(|| std::mem::take(&mut object.key));
     }
     Ok(page)
 }
@@ -93,6 +95,17 @@ pub(super) fn error_code(xml: &str) -> Option<String> {
     })
     .ok()?;
     code
+}
+
+/// Names and values of an object's tags.
+pub(super) fn tags(xml: &str) -> Vec<(String, String)> {
+    let (mut tags, mut name) = (Vec::new(), String::new());
+    let read = walk(xml, |path, text| match path {
+        [.., "Tag", "Key"] => name = text.unwrap_or_default().to_owned(),
+        [.., "Tag", "Value"] => tags.push((std::mem::take(&mut name), text.unwrap_or_default().to_owned())),
+        _ => {}
+    });
+    if read.is_ok() { tags } else { Vec::new() }
 }
 
 /// Calls `leaf` with the path and text of every element that has text, and with the path alone at the end of every other.
@@ -138,7 +151,7 @@ fn entity(name: &str) -> Option<String> {
 }
 
 /// Percent-decoding; `+` is a space there, as in forms.
-fn decoded(text: &str) -> Option<String> {
+pub fn decoded(text: &str) -> Option<String> {
     let (mut bytes, mut rest) = (Vec::with_capacity(text.len()), text.as_bytes());
     while let Some((first, after)) = rest.split_first() {
         rest = after;
@@ -172,6 +185,10 @@ mod tests {
         let first = &page.objects[0];
         assert_eq!((first.key.as_str(), first.size, first.etag.as_deref()), ("a//b cü", 12, Some("abc")));
         assert_eq!(page.objects[1].key, "d");
+        let odd = "<L><EncodingType>url</EncodingType><Contents><Key>a%FF</Key></Contents><Contents><Key>b</Key></Contents></L>";
+        let odd = super::page(odd).expect("read");
+        let keys: Vec<_> = odd.objects.iter().map(|object| (object.key.as_str(), object.is_exact)).collect();
+        assert_eq!(keys, [("a%FF", false), ("b", true)]);
     }
 
     #[test]

@@ -8,9 +8,11 @@
 mod client;
 mod error;
 mod listing;
+mod probe;
 mod request;
 
 pub use client::{Credentials, ObjectClient, StoreOptions};
 pub use error::ObjectError;
-pub use listing::{Listed, Page};
+pub use listing::{Listed, Page, decoded};
+pub use probe::{Probe, Reading};
 pub use request::{ByteRange, GetRequest, Got, Head};

@@ -8,11 +8,14 @@ use futures_util::StreamExt;
 use http::Method;
 use http::header::{CONTENT_RANGE, CONTENT_TYPE, ETAG, HeaderMap, HeaderName, HeaderValue, IF_MATCH, RANGE};
 use object_store::client::HttpResponse;
+use quick_xml::escape::escape;
 
 use super::client::{ObjectClient, encode, sentence};
 use super::error::ObjectError;
+use super::listing::{error_code, tags};
 
 const VERSION_ID: HeaderName = HeaderName::from_static("x-amz-version-id");
+const COPY_IF_MATCH: HeaderName = HeaderName::from_static("x-amz-copy-source-if-match");
 const COPY_SOURCE: HeaderName = HeaderName::from_static("x-amz-copy-source");
 
 /// Bytes of an object, the end not included.
@@ -60,6 +63,35 @@ impl ObjectClient {
     /// the caller can go on from there.
     pub async fn get(&self, request: GetRequest<'_>, range: ByteRange) -> Result<Got, ObjectError> {
         let place = self.place(request.bucket, request.key);
+        let answer = match self.ask(request, &range).await {
+            // An empty object has no byte that a range could begin at.
+            Err(ObjectError::Refused { status: 416, .. }) if range.start == 0 => return self.empty(request).await,
+            answer => answer?,
+        };
+        let head = self.head_of(&place, &answer)?;
+        // Not every server minds the condition.
+        let is_other = |asked: &str| head.etag.as_deref().is_some_and(|got| quoted(got) != quoted(asked));
+        if request.etag.is_some_and(is_other) {
+            return Err(ObjectError::Changed { place });
+        }
+        if answer.headers().get(CONTENT_RANGE).is_some_and(|got| !begins_at(got, range.start)) {
+            return Err(ObjectError::Unreadable { place, reason: "it is another range than was asked for".to_owned() });
+        }
+        let wanted = (range.end.min(head.size)).saturating_sub(range.start);
+        self.body(&place, answer, head, wanted).await
+    }
+
+    /// Whether the server itself refuses a read whose condition does not hold.
+    pub(super) async fn refuses(&self, request: GetRequest<'_>) -> Result<bool, ObjectError> {
+        match self.ask(request, &(0..1)).await {
+            Ok(_) => Ok(false),
+            Err(ObjectError::Changed { .. }) => Ok(true),
+            Err(error) => Err(error),
+        }
+    }
+
+    async fn ask(&self, request: GetRequest<'_>, range: &ByteRange) -> Result<HttpResponse, ObjectError> {
+        let place = self.place(request.bucket, request.key);
         let mut headers = HeaderMap::new();
         let last = range.end.saturating_sub(1);
         headers.insert(RANGE, self.header(&place, &format!("bytes={}-{last}", range.start))?);
@@ -67,15 +99,7 @@ impl ObjectClient {
             headers.insert(IF_MATCH, self.header(&place, &quoted(etag))?);
         }
         let version: Vec<_> = request.version_id.map(|id| ("versionId", id)).into_iter().collect();
-        let sending = self.send(Method::GET, (request.bucket, request.key), &version, headers, Vec::new());
-        let answer = match sending.await {
-            // An empty object has no byte that a range could begin at.
-            Err(ObjectError::Refused { status: 416, .. }) if range.start == 0 => return self.empty(request).await,
-            answer => answer?,
-        };
-        let head = self.head_of(&place, &answer)?;
-        let wanted = (range.end.min(head.size)).saturating_sub(range.start);
-        self.body(&place, answer, head, wanted).await
+        self.send(Method::GET, (request.bucket, request.key), &version, headers, Vec::new()).await
     }
 
     /// Asks what an object is, without reading it.
@@ -94,27 +118,61 @@ impl ObjectClient {
         self.send(Method::PUT, (bucket, key), &[], headers, body).await.map(|_| ())
     }
 
-    /// Copies an object within its bucket.
-    pub async fn copy(&self, bucket: &str, from: &str, to: &str) -> Result<(), ObjectError> {
+    /// Copies an object within its bucket, if it has this entity tag.
+    pub async fn copy(&self, bucket: &str, from: &str, to: &str, etag: Option<&str>) -> Result<(), ObjectError> {
         let mut source = format!("/{bucket}/");
         encode(from, true, &mut source);
         let mut headers = HeaderMap::new();
-        headers.insert(COPY_SOURCE, self.header(&self.place(bucket, to), &source)?);
-        self.send(Method::PUT, (bucket, to), &[], headers, Vec::new()).await.map(|_| ())
+        let place = self.place(bucket, to);
+        headers.insert(COPY_SOURCE, self.header(&place, &source)?);
+        if let Some(etag) = etag {
+            headers.insert(COPY_IF_MATCH, self.header(&place, &quoted(etag))?);
+        }
+        let answer = self.send(Method::PUT, (bucket, to), &[], headers, Vec::new()).await?;
+        // A copy may fail after the head of the answer, which then says that it did not.
+        match error_code(&self.text(&place, answer).await?) {
+            None => Ok(()),
+            Some(code) => Err(ObjectError::Unavailable { place, reason: format!("the copy failed ({code})") }),
+        }
     }
 
-    /// Replaces an object's tags by one.
+    /// Names and values of an object's tags.
+    pub async fn tags(&self, bucket: &str, key: &str) -> Result<Vec<(String, String)>, ObjectError> {
+        let answer = self.send(Method::GET, (bucket, key), &[("tagging", "")], HeaderMap::new(), Vec::new()).await?;
+        Ok(tags(&self.text(&self.place(bucket, key), answer).await?))
+    }
+
+    /// Gives an object a tag; its others stay.
     pub async fn tag(&self, bucket: &str, key: &str, name: &str, value: &str) -> Result<(), ObjectError> {
-        let body = format!("<Tagging><TagSet><Tag><Key>{name}</Key><Value>{value}</Value></Tag></TagSet></Tagging>");
+        let mut all = self.tags(bucket, key).await?;
+        all.retain(|(other, _)| other != name);
+        all.push((name.to_owned(), value.to_owned()));
+        let mut body = "<Tagging><TagSet>".to_owned();
+        for (name, value) in &all {
+            body += &format!("<Tag><Key>{}</Key><Value>{}</Value></Tag>", escape(name), escape(value));
+        }
+        body += "</TagSet></Tagging>";
         self.send(Method::PUT, (bucket, key), &[("tagging", "")], HeaderMap::new(), body.into_bytes()).await.map(|_| ())
     }
 
-    /// Deletes an object; that it is not there is fine.
-    pub async fn delete(&self, bucket: &str, key: &str) -> Result<(), ObjectError> {
-        match self.send(Method::DELETE, (bucket, key), &[], HeaderMap::new(), Vec::new()).await {
+    /// Deletes an object, if it has this entity tag; that it is not there is fine. Not every server minds the tag.
+    pub async fn delete(&self, bucket: &str, key: &str, etag: Option<&str>) -> Result<(), ObjectError> {
+        let mut headers = HeaderMap::new();
+        if let Some(etag) = etag {
+            headers.insert(IF_MATCH, self.header(&self.place(bucket, key), &quoted(etag))?);
+        }
+        match self.send(Method::DELETE, (bucket, key), &[], headers, Vec::new()).await {
             Ok(_) | Err(ObjectError::NotFound { .. }) => Ok(()),
             Err(error) => Err(error),
         }
+    }
+
+    /// A short answer as text.
+    async fn text(&self, place: &str, answer: HttpResponse) -> Result<String, ObjectError> {
+        let body = self.bounded(place, answer.into_body().bytes()).await?;
+        let broken = |reason: String| ObjectError::Unavailable { place: place.to_owned(), reason };
+        let body = body.map_err(|error| broken(sentence(&error)))?;
+        Ok(String::from_utf8_lossy(&body).into_owned())
     }
 
     async fn empty(&self, request: GetRequest<'_>) -> Result<Got, ObjectError> {
@@ -166,6 +224,12 @@ impl ObjectClient {
         HeaderValue::from_str(value)
             .map_err(|error| ObjectError::Unreadable { place: place.to_owned(), reason: error.to_string() })
     }
+}
+
+/// Whether `bytes 100-199/1000` begins there.
+fn begins_at(range: &HeaderValue, start: u64) -> bool {
+    let text = range.to_str().ok().and_then(|text| text.strip_prefix("bytes "));
+    text.and_then(|text| text.split('-').next()).and_then(|first| first.parse().ok()) == Some(start)
 }
 
 /// Entity tags are opaque, and quoted on the wire; listings and people leave the quotes out.

@@ -2,6 +2,8 @@
 //!
 //! Invariant: an event leaves the store when the broker has confirmed it; it may be sent twice, with the same id, and is never lost.
 
+pub mod results;
+
 use std::sync::Arc;
 use std::time::Duration;
 

@@ -8,8 +8,10 @@
 //! Invariant: all SQL is below this module; a method that returned `Ok` has committed, one that returned `Err` has changed
 //! nothing or (connection lost in commit) can be repeated as it is.
 
+pub mod drops;
 pub mod error;
 mod event;
+pub mod exports;
 mod postgres;
 pub mod records;
 mod sqlite;
@@ -23,7 +25,9 @@ use async_trait::async_trait;
 use crate::job::retry::RetryPolicy;
 use crate::job::{JobId, WorkerId};
 
+pub use drops::{DropFate, DropFile, DropMark, DropSighting, DropStore, EndedFile, ReadyFiles};
 pub use error::StoreError;
+pub use exports::{Export, ExportStore};
 pub use postgres::{Migrated, Roles, migrate};
 use records::name_of;
 pub use records::*;
@@ -49,7 +53,7 @@ pub async fn open(url: &StoreUrl, access: Access, retry: RetryPolicy) -> Result<
 
 /// The durable state of all jobs. Methods are not cancel-safe: run them to their end.
 #[async_trait]
-pub trait Store: Send + Sync {
+pub trait Store: DropStore + ExportStore {
     /// Takes jobs in, all in one transaction; one answer a job, in order. Repeating it is a no-op.
     async fn enqueue(&self, jobs: &[NewJob]) -> Result<Vec<Enqueued>, StoreError>;
 

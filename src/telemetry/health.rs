@@ -7,19 +7,19 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// All parts; cheap to clone.
 #[derive(Debug, Clone, Default)]
-pub struct Health(Arc<Mutex<BTreeMap<&'static str, Option<String>>>>);
+pub struct Health(Arc<Mutex<BTreeMap<Arc<str>, Option<String>>>>);
 
 /// One part's side of it.
 #[derive(Debug, Clone)]
 pub struct Component {
-    name: &'static str,
+    name: Arc<str>,
     health: Health,
 }
 
 impl Health {
     /// A part, not ready yet.
-    pub fn component(&self, name: &'static str) -> Component {
-        let component = Component { name, health: self.clone() };
+    pub fn component(&self, name: impl Into<Arc<str>>) -> Component {
+        let component = Component { name: name.into(), health: self.clone() };
         component.degraded("starting");
         component
     }
@@ -43,7 +43,7 @@ impl Component {
     }
 
     fn set(&self, fault: Option<String>) {
-        self.health.0.lock().unwrap_or_else(PoisonError::into_inner).insert(self.name, fault);
+        self.health.0.lock().unwrap_or_else(PoisonError::into_inner).insert(Arc::clone(&self.name), fault);
     }
 }
 

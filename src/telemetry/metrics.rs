@@ -14,6 +14,8 @@ const BUCKETS_S: [f64; 11] = [0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 15.0, 60.0, 300.0,
 pub static INTAKE: Series = Series::counter("apbd_intake_total", "Messages taken in", &["answer"]);
 /// Messages and objects that were no jobs.
 pub static REJECTED: Series = Series::counter("apbd_rejected_total", "Messages and objects refused", &["door", "code"]);
+/// Files of drop folders, by what became of them.
+pub static DROPS: Series = Series::counter("apbd_drop_files_total", "Files of drop folders", &["outcome"]);
 /// Connections to the broker that failed or broke.
 pub static BROKER_FAILURES: Series =
     Series::counter("apbd_broker_failures_total", "Connections to the broker that failed or broke", &[]);
@@ -30,6 +32,8 @@ pub static STORE_FAILURES: Series =
 pub static TOKENS: Series = Series::counter("apbd_tokens_total", "Tokens of finished jobs", &["direction"]);
 /// Completion events.
 pub static EVENTS: Series = Series::counter("apbd_events_total", "Completion events", &["outcome"]);
+/// Results written as files.
+pub static RESULTS_WRITTEN: Series = Series::counter("apbd_results_written_total", "Results written as files", &[]);
 /// Engine processes that ended, and why.
 pub static ENGINE_ENDS: Series = Series::counter("apbd_engine_ends_total", "Engine processes that ended", &["reason"]);
 /// Jobs in the inbox, each state counted up to the admission window.
@@ -43,6 +47,7 @@ pub fn text() -> String {
     let all = [
         &INTAKE,
         &REJECTED,
+        &DROPS,
         &BROKER_FAILURES,
         &CLAIMED,
         &ATTEMPTS,
@@ -50,6 +55,7 @@ pub fn text() -> String {
         &STORE_FAILURES,
         &TOKENS,
         &EVENTS,
+        &RESULTS_WRITTEN,
         &ENGINE_ENDS,
         &INBOX,
     ];

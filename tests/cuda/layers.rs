@@ -14,6 +14,7 @@ pub const TESTS: &[Test] = &[
     ("rope_rotates_and_stores", rope),
     ("copied_rows_are_the_same", copies),
     ("logits_of_one_row", logits),
+    ("best_token_is_the_first_of_the_highest", best_token),
 ];
 
 fn embedding(cuda: &Cuda) {
@@ -157,4 +158,26 @@ fn logits(cuda: &Cuda) {
     let normed = norm_of(&row, &norm, 1e-6, Steps::Exact);
     let normed = Values::from_fn(1, cols, |i, j| rounded(normed.at(i, j)));
     judge("logits", &got, |steps| product(&normed, &head, steps), 1e-4);
+}
+
+fn best_token(cuda: &Cuda) {
+    let cols = 64;
+    let unit = |at: usize| Values::from_fn(1, cols, |_, j| if j == at { 1.0 } else { 0.0 });
+    let (x, norm) = (unit(0).matrix(cuda), Values::from_fn(1, cols, |_, _| 1.0).weight(cuda));
+    for vocab in [1, 31, 1000, 5000] {
+        // The logit of a token is its first weight, times what the norm makes of the row.
+        for levels in [2.0, 1000.0] {
+            let random = Values::random(vocab as u64, vocab, cols, 1.0);
+            let head = Values::from_fn(vocab, cols, |i, j| (random.at(i, j) * levels).round() / 8.0);
+            let weight = head.weight(cuda);
+            let logits = cuda.logits(&x, 0, &norm, 1e-6, &weight).unwrap();
+            let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let expected = logits.iter().position(|logit| *logit == highest).unwrap();
+            assert_eq!(cuda.best_token(&x, 0, &norm, 1e-6, &weight).unwrap(), Some(expected as u32), "{vocab} tokens");
+        }
+    }
+    // A norm that overflows makes logits that are not finite.
+    let huge = Values::from_fn(1, cols, |_, _| 3e38).weight(cuda);
+    let head = Values::from_fn(9, cols, |i, _| if i == 4 { 3e38 } else { 1e-38 }).weight(cuda);
+    assert_eq!(cuda.best_token(&x, 0, &huge, 1e-6, &head).unwrap(), None);
 }

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use apbd::intake::amqp::{Broker, Message, Publisher, Topology};
 use apbd::job::JobId;
 use apbd::job::retry::RetryPolicy;
-use apbd::store::{Access, JobDetail, JobFilter, JobState, JobSummary, Store, StoreUrl, open};
+use apbd::store::{Access, JobDetail, JobFilter, JobState, JobSummary, Roles, Store, StoreUrl, migrate, open};
 use apbd::telemetry::health::Health;
 use lapin::options::{BasicGetOptions, QueueDeclareOptions};
 use lapin::types::FieldTable;
@@ -29,6 +29,8 @@ pub struct Site {
     pub directory: TempDir,
     pub queue: String,
     pub broker_url: String,
+    /// A database other than the SQLite file of its own.
+    pub elsewhere: Option<StoreUrl>,
     pub extra: String,
     pub variables: BTreeMap<String, String>,
 }
@@ -47,6 +49,7 @@ impl Site {
             directory,
             queue: format!("jobs-{}", JobId::random()),
             broker_url: broker_url.to_owned(),
+            elsewhere: None,
             extra: String::new(),
             variables: BTreeMap::new(),
         };
@@ -58,6 +61,15 @@ impl Site {
         self.directory.path().join(name)
     }
 
+    /// With a database on the shared PostgreSQL server.
+    pub async fn on_postgres() -> Self {
+        let text = crate::services::postgres::shared().database();
+        let url: StoreUrl = text.parse().expect("a URL");
+        migrate(&url, &Roles::default()).await.expect("migrated");
+        // What a URL shows has no password; this server wants none.
+        Self { elsewhere: Some(url), ..Self::new() }
+    }
+
     /// Writes a document and returns its URI.
     pub fn document(&self, name: &str, text: &str) -> String {
         let path = self.path("documents").join(name);
@@ -66,7 +78,7 @@ impl Site {
     }
 
     pub fn database(&self) -> StoreUrl {
-        StoreUrl::Sqlite(self.path("jobs.db"))
+        self.elsewhere.clone().unwrap_or_else(|| StoreUrl::Sqlite(self.path("jobs.db")))
     }
 
     /// Writes the configuration.

@@ -3,8 +3,10 @@
 #[path = "../services/mod.rs"]
 mod services;
 
+mod drops;
 mod harness;
 mod intake;
 mod life;
 mod objects;
+mod reading;
 mod supervision;

@@ -11,7 +11,7 @@ use crate::services::s3::{S3, shared};
 
 const MANY: u64 = 1 << 30;
 
-fn client(server: &S3, port: u16, secret: &str) -> ObjectClient {
+pub fn client(server: &S3, port: u16, secret: &str) -> ObjectClient {
     let credentials = Credentials::Key { id: server.access_key_id.clone(), secret: secret.to_owned() };
     ObjectClient::new(StoreOptions {
         alias: "main".to_owned(),

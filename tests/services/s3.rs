@@ -2,7 +2,7 @@
 //!
 //! Invariant: only the key that it gives may do anything; its data is in memory and ends with it.
 
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 use std::sync::OnceLock;
 
 use serde_json::Value;
@@ -41,6 +41,17 @@ impl S3 {
         let port = said["port"].as_u64().expect("a port") as u16;
         let (access_key_id, secret_access_key) = (text("access_key_id"), text("secret_access_key"));
         Self { port, access_key_id, secret_access_key, _server: server }
+    }
+
+    /// Lets a bucket keep versions from now on.
+    pub fn keep_versions(&self, bucket: &str) {
+        let code = "import boto3, sys\n\
+                    s3 = boto3.client('s3', endpoint_url=sys.argv[1], region_name='us-east-1', aws_access_key_id=sys.argv[2], \
+                    aws_secret_access_key=sys.argv[3])\n\
+                    s3.put_bucket_versioning(Bucket=sys.argv[4], VersioningConfiguration={'Status': 'Enabled'})";
+        let arguments = [&self.endpoint(), &self.access_key_id, &self.secret_access_key, bucket];
+        let done = Command::new(python("python")).args(["-c", code]).args(arguments).status();
+        assert!(done.expect("python runs").success());
     }
 
     /// Its address.

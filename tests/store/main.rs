@@ -1,5 +1,6 @@
 //! The store's promises, the same functions on every implementation.
 
+mod drops;
 mod on_postgres;
 #[path = "../services/postgres.rs"]
 mod postgres;
@@ -26,23 +27,24 @@ async fn postgres_database() -> suite::Fresh {
 }
 
 macro_rules! on_both {
-    ($($test:ident)*) => {
-        mod sqlite_store { $(
+    ($($suite:ident: $($test:ident)*;)*) => {
+        mod sqlite_store { $($(
             #[tokio::test]
             async fn $test() {
-                crate::suite::$test(crate::sqlite().await).await;
+                crate::$suite::$test(crate::sqlite().await).await;
             }
-        )* }
-        mod postgres_store { $(
+        )*)* }
+        mod postgres_store { $($(
             #[tokio::test]
             async fn $test() {
-                crate::suite::$test(crate::postgres_database().await).await;
+                crate::$suite::$test(crate::postgres_database().await).await;
             }
-        )* }
+        )*)* }
     };
 }
 
 on_both! {
+    suite:
     enqueueing_twice_is_enqueueing_once
     claims_follow_priority_deadline_size_and_age
     two_claims_never_return_the_same_job
@@ -60,7 +62,12 @@ on_both! {
     a_rejection_is_written_once
     lists_and_reports_show_what_is_there
     text_that_no_database_holds_is_cleaned_and_flagged
-    latency_is_reported_by_stage
+    latency_is_reported_by_stage;
+    drops:
+    a_file_is_ready_when_it_was_seen_unchanged
+    a_sidecar_is_found_beside_its_document
+    a_file_is_disposed_of_when_its_job_has_ended
+    an_ended_job_is_noted_until_it_was_written;
 }
 
 #[tokio::test]

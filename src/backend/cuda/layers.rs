@@ -251,6 +251,38 @@ impl Cuda {
         epsilon: f32,
         head: &CudaWeight,
     ) -> Result<Vec<f32>, BackendError> {
+        let logits = self.device_logits(x, row, norm, epsilon, head)?;
+        self.read_scores(&logits)
+    }
+
+    pub(super) fn run_best_token(
+        &self,
+        x: &CudaMatrix,
+        row: usize,
+        norm: &CudaWeight,
+        epsilon: f32,
+        head: &CudaWeight,
+    ) -> Result<Option<u32>, BackendError> {
+        let op = "best_token";
+        let logits = self.device_logits(x, row, norm, epsilon, head)?;
+        let best = self.arena.take(op, 8)?;
+        let (from, count, to) = (logits.row(0), head.rows as i32, best.address());
+        // SAFETY: (1) parameters as in argmax.cu; (2) pieces stay allocated in stream order.
+        unsafe { self.stream.launch(&self.functions.argmax, (1, 1, 1), 1024, parameters![from, count, to]) }?;
+        let mut found = [0u32; 2];
+        // SAFETY: (1) the piece has 8 bytes.
+        unsafe { self.stream.download(op, best.address(), bytemuck::cast_slice_mut(&mut found)) }?;
+        Ok((found[1] == u32::MAX).then_some(found[0]))
+    }
+
+    fn device_logits(
+        &self,
+        x: &CudaMatrix,
+        row: usize,
+        norm: &CudaWeight,
+        epsilon: f32,
+        head: &CudaWeight,
+    ) -> Result<CudaScores, BackendError> {
         let op = "logits";
         x.need(op, "x", row + 1, head.cols)?;
         norm.need(op, "norm", 1, head.cols)?;
@@ -263,7 +295,7 @@ impl Cuda {
         let parameters = parameters![from, weights, cols, width, to];
         // SAFETY: (1) parameters as in gemv.cu; (2) pieces stay allocated in stream order.
         unsafe { self.stream.launch(&self.functions.gemv_f32, grid, WARPS_THREADS, parameters) }?;
-        self.read_scores(&logits)
+        Ok(logits)
     }
 }
 

@@ -336,6 +336,18 @@ impl Backend for Cuda {
         self.run_logits(x, row, norm, epsilon, head)
     }
 
+    fn best_token(
+        &self,
+        x: &CudaMatrix,
+        row: usize,
+        norm: &CudaWeight,
+        epsilon: f32,
+        head: &CudaWeight,
+    ) -> Result<Option<u32>, BackendError> {
+        self.mark("best_token")?;
+        self.run_best_token(x, row, norm, epsilon, head)
+    }
+
     fn pace(&self) -> Result<(), BackendError> {
         self.keep_pace()
     }

@@ -85,6 +85,7 @@ functions! {
     query_scores in "query_aware";
     top_k in "top_k";
     gather_kv in "gather_kv";
+    argmax in "argmax";
     merge in "merge";
     merge_stacked in "merge_stacked";
 }

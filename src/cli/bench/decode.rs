@@ -70,6 +70,14 @@ impl Driver for Steps {
 
     fn next(&mut self, logits: &mut [f32]) -> Result<Step, EngineError> {
         let token = argmax(logits).ok_or_else(|| EngineError::Model { reason: "logits are not finite".to_owned() })?;
+        self.take(token)
+    }
+
+    fn is_greedy(&self) -> bool {
+        true
+    }
+
+    fn take(&mut self, token: u32) -> Result<Step, EngineError> {
         self.chosen.push(Instant::now());
         self.left -= 1;
         Ok(if self.left == 0 { Step::Stop } else { Step::Continue(token) })

@@ -20,11 +20,13 @@ use super::run::{model, prompter};
 use super::{CliError, Status, runtime};
 use crate::config::{AmqpConfig, Config};
 use crate::document::fetch::{AllowedSource, DocumentSource, S3Source};
+use crate::intake::amqp::hints::HintQueue;
 use crate::intake::amqp::{AmqpIntake, Terms};
-use crate::intake::dropfolder::DropFolder;
+use crate::intake::dropfolder::{DropFolder, DropPlace};
 use crate::job::WorkerId;
 use crate::objects::ObjectClient;
 use crate::outbox::Dispatcher;
+use crate::outbox::results::ResultWriter;
 use crate::pipeline::shutdown::{self, Phase, Shutdown};
 use crate::pipeline::{Parts, Pipeline, Settings};
 use crate::store::{self, Access, Store};
@@ -134,11 +136,18 @@ impl Daemon {
         let outbox = self
             .dispatcher()
             .map(|outbox| tokio::spawn(outbox.run(flushed.clone().cancelled_owned(), shutdown.clone())));
+        let writer = self.result_writer();
+        if let Some(writer) = &writer {
+            // Before the first job ends, so that none is missed.
+            self.store.export_want(&writer.to.to_string()).await?;
+        }
+        let writing =
+            writer.map(|writer| tokio::spawn(writer.run(flushed.clone().cancelled_owned(), shutdown.clone())));
         self.start.ready();
         info!(worker.pid = process::id(), "serving");
         let worked = Pipeline::new(parts, self.settings()).run(shutdown.clone()).await;
         flushed.cancel();
-        for task in doors.into_iter().chain(outbox) {
+        for task in doors.into_iter().chain(outbox).chain(writing) {
             if let Err(error) = task.await {
                 warn!(error.message = %error, "a task of the daemon ended badly");
             }
@@ -182,17 +191,32 @@ impl Daemon {
         if let Some(amqp) = &self.config.amqp {
             doors.push(tokio::spawn(self.intake(amqp).run(shutdown.clone())));
         }
-        for drop in &self.config.drops {
-            let folder = DropFolder {
-                profile: drop.clone(),
-                stores: self.stores.clone(),
-                store: self.store.clone(),
-                max_document_bytes: self.config.work.max_document_bytes,
-                health: self.health.component("drop folder"),
-            };
-            doors.push(tokio::spawn(folder.run(shutdown.clone())));
-        }
+        doors.extend(self.config.drops.iter().map(|place| tokio::spawn(self.drop_folder(place).run(shutdown.clone()))));
         doors
+    }
+
+    fn drop_folder(&self, place: &DropPlace) -> DropFolder {
+        let broker = self.config.amqp.as_ref().map(|amqp| amqp.broker.clone());
+        let events = place.events_queue.clone().zip(broker).map(|(queue, broker)| HintQueue { broker, queue });
+        DropFolder {
+            place: place.clone(),
+            stores: self.stores.clone(),
+            documents: self.documents(),
+            store: self.store.clone(),
+            max_document_bytes: self.config.work.max_document_bytes,
+            events,
+            health: self.health.component(format!("drop folder {}", place.at)),
+        }
+    }
+
+    fn result_writer(&self) -> Option<ResultWriter> {
+        Some(ResultWriter {
+            to: self.config.results.clone()?,
+            stores: self.stores.clone(),
+            store: self.store.clone(),
+            poll: self.config.work.poll,
+            health: self.health.component("results"),
+        })
     }
 
     fn intake(&self, amqp: &AmqpConfig) -> AmqpIntake {

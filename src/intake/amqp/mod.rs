@@ -8,6 +8,7 @@
 
 pub mod broker;
 pub mod delivery;
+pub mod hints;
 pub mod publisher;
 mod session;
 pub mod supervisor;

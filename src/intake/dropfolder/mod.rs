@@ -1,193 +1,209 @@
 //! Watched prefixes and folders: every file that has stopped changing becomes a job.
 //!
-//! The whole prefix is looked at again and again, and the identity of a job follows from the place and the version of its file, so a file that
-//! is seen twice, by two daemons, or again after a crash is still one job: the inbox knows it.
+//! The whole place is looked at again and again ([`listing`]), and what is there is remembered in the store, a page at a time; what has been the
+//! same for a while is taken from there ([`take`]), as its profile ([`profile`]) and the file beside it ([`sidecar`]) say. Messages of the object
+//! store ([`events`]) only make a look at what they name come earlier. When a job has ended, its file is disposed of ([`dispose`]).
 //!
-//! Invariant: one job or one rejection a version of a file; memory grows by a few bytes a file, never with their names or content.
+//! Invariant: one job or one rejection a version of a file, however often and by however many daemons it is seen; memory is bounded, whatever
+//! is there.
 
+mod dispose;
+mod events;
 mod listing;
-mod settle;
+pub mod profile;
+mod sidecar;
+mod take;
 
+use std::collections::VecDeque;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
+use tokio::sync::mpsc;
+use tokio::time::Instant;
 use tracing::{info, warn};
 
+use crate::document::fetch::DocumentSource;
 use crate::failpoint;
-use crate::intake::files::FileJobs;
-use crate::job::wire::DocumentMessage;
-use crate::job::{Digest, DocumentUri, ErrorCode, JobId, JobMessage, MessageLimits, Priority, Task, TemplateId};
-use crate::objects::{ObjectClient, ObjectError};
+use crate::intake::amqp::hints::HintQueue;
+use crate::job::DocumentUri;
+use crate::objects::{GetRequest, Listed, ObjectClient, ObjectError};
 use crate::pipeline::shutdown::{Phase, Shutdown};
-use crate::store::{Door, Enqueued, NewJob, Rejection, Store, StoreError};
+use crate::store::{DropSighting, Store, StoreError};
 use crate::telemetry::health::Component;
-use crate::telemetry::metrics;
 
 use listing::{Listing, Seen};
-use settle::Settling;
+pub use profile::{Disposal, DropPlace, DropProfile, Profiles, Sidecars};
 
-/// Jobs in one transaction at most.
-const BATCH: usize = 200;
-
-/// A place whose files become jobs.
-#[derive(Debug, Clone, PartialEq)]
-pub struct DropProfile {
-    /// Prefix or folder.
-    pub at: DocumentUri,
-    /// What to do with them.
-    pub task: Task,
-    /// In words.
-    pub instruction: Option<String>,
-    /// Prompt template.
-    pub template: Option<TemplateId>,
-    /// Model.
-    pub model: Option<String>,
-    /// Urgency.
-    pub priority: Priority,
-    /// How long a file must not have changed before it is taken.
-    pub settle: Duration,
-    /// How often to look.
-    pub poll: Duration,
-}
+/// What no look has found for so long is forgotten. Known files are written down once an hour.
+const FORGOTTEN_AFTER: Duration = Duration::from_secs(24 * 3600);
+/// Messages of the object store that wait; more are lost, the next look makes up for it.
+const HINTS: usize = 1000;
+/// Keys that were named by a message and are looked at a second time, when they should have settled.
+const SECOND_LOOKS: usize = 10_000;
+/// Clocks of this process and of the database agree on a duration to less than this.
+const MARGIN: Duration = Duration::from_millis(50);
 
 /// A watched place.
 pub struct DropFolder {
     /// Where, and what to do with what is there.
-    pub profile: DropProfile,
+    pub place: DropPlace,
     /// Clients of the configured stores.
     pub stores: Vec<ObjectClient>,
+    /// Reads files beside documents.
+    pub documents: Arc<dyn DocumentSource>,
     /// Where jobs go.
     pub store: Arc<dyn Store>,
     /// Bytes of a document at most.
     pub max_document_bytes: u64,
+    /// Messages of the object store.
+    pub events: Option<HintQueue>,
     /// Where its state is reported.
     pub health: Component,
 }
 
 /// Why a look did not come to its end; the next one begins anew.
 #[derive(Debug, thiserror::Error)]
-enum LookError {
+pub enum LookError {
+    /// The object store.
     #[error(transparent)]
     Objects(#[from] ObjectError),
+    /// The database.
     #[error(transparent)]
     Store(#[from] StoreError),
+    /// The folder, or the configuration of it.
     #[error("{0}")]
     Folder(String),
 }
 
 impl DropFolder {
     /// Watches until the drain begins.
-    pub async fn run(self, shutdown: Shutdown) {
-        let mut settling = Settling::default();
+    pub async fn run(mut self, shutdown: Shutdown) {
+        let (sender, mut hints) = mpsc::channel(HINTS);
+        // Without a queue the sender stays here: a closed channel would answer at once, again and again.
+        let (listening, _open) = match self.events.take() {
+            Some(queue) => (Some(tokio::spawn(queue.run(sender, shutdown.clone()))), None),
+            None => (None, Some(sender)),
+        };
+        let mut due = VecDeque::new();
         while shutdown.phase() == Phase::Working {
-            match self.look(&mut settling, &shutdown).await {
-                Ok(taken) => {
-                    self.health.ready();
-                    if taken > 0 {
-                        info!(drop.place = %self.profile.at, drop.jobs = taken, "files taken in");
-                    }
-                }
-                Err(error) => {
-                    warn!(drop.place = %self.profile.at, error.message = %error, "the drop folder could not be looked at");
-                    self.health.degraded(&error.to_string());
-                }
-            }
-            tokio::select! {
-                () = shutdown.draining() => return,
-                () = tokio::time::sleep(self.profile.poll) => {}
-            }
+            let looked = self.look(&shutdown).await;
+            self.report(looked);
+            self.listen_until(Instant::now() + self.place.poll, &mut hints, &mut due, &shutdown).await;
+        }
+        if let Some(listening) = listening {
+            // Nothing rests on what it heard.
+            let _ = listening.await;
         }
     }
 
-    /// Looks at everything once. Returns how many jobs are new.
-    async fn look(&self, settling: &mut Settling, shutdown: &Shutdown) -> Result<u64, LookError> {
-        let mut listing = Listing::open(&self.profile.at, &self.stores)?;
-        let (mut taken, mut ready) = (0, Vec::new());
-        settling.begin();
+    /// Looks at everything once, takes what is ready and disposes of what has ended. Returns how many jobs are new.
+    pub async fn look(&self, shutdown: &Shutdown) -> Result<u64, LookError> {
+        let mut listing = Listing::open(&self.place.at, &self.stores)?;
         while let Some(page) = listing.next().await? {
-            let now = Instant::now();
-            ready.extend(page.into_iter().filter(|seen| settling.is_settled(seen, self.profile.settle, now)));
-            while ready.len() >= BATCH {
-                taken += self.take_in(ready.split_off(ready.len() - BATCH), settling).await?;
-            }
+            self.remember(page).await?;
+            failpoint::reach("drop.seen");
             if shutdown.phase() != Phase::Working {
-                return Ok(taken);
+                return Ok(0);
             }
         }
-        taken += self.take_in(ready, settling).await?;
-        settling.end();
+        let taken = self.take_ready().await?;
+        self.dispose().await?;
+        self.store.drop_forget(&self.name(), FORGOTTEN_AFTER).await?;
         Ok(taken)
     }
 
-    async fn take_in(&self, files: Vec<Seen>, settling: &mut Settling) -> Result<u64, LookError> {
-        let mut jobs = Vec::with_capacity(files.len());
-        for seen in &files {
-            match self.job(seen).await {
-                Ok(job) => jobs.push(job),
-                Err(reason) => self.reject(seen, reason).await?,
+    /// Its name in the store.
+    fn name(&self) -> String {
+        self.place.at.to_string()
+    }
+
+    async fn remember(&self, page: Vec<Seen>) -> Result<(), StoreError> {
+        let has_sidecars = self.place.sidecars != Sidecars::None;
+        let sightings: Vec<DropSighting> = page.into_iter().map(|seen| seen.sighting(has_sidecars)).collect();
+        if sightings.is_empty() { Ok(()) } else { self.store.drop_seen(&self.name(), &sightings).await }
+    }
+
+    fn report(&self, looked: Result<u64, LookError>) {
+        match looked {
+            Ok(taken) => {
+                self.health.ready();
+                if taken > 0 {
+                    info!(drop.place = %self.place.at, drop.jobs = taken, "files taken in");
+                }
+            }
+            Err(error) => {
+                warn!(drop.place = %self.place.at, error.message = %error, "the drop folder could not be looked at");
+                self.health.degraded(&error.to_string());
             }
         }
-        failpoint::reach("drop.listed");
-        let answers = if jobs.is_empty() { Vec::new() } else { self.store.enqueue(&jobs).await? };
-        failpoint::reach("drop.committed");
-        files.iter().for_each(|seen| settling.taken(seen));
-        Ok(answers.iter().filter(|answer| **answer == Enqueued::Inserted).count() as u64)
     }
 
-    async fn job(&self, seen: &Seen) -> Result<NewJob, String> {
-        let uri = seen.uri.parse::<DocumentUri>()?;
-        let made = match &uri {
-            DocumentUri::File { path } => {
-                // What identifies a file of this machine is its content: it is read for it.
-                let jobs = FileJobs {
-                    template: self.template(),
-                    model_digest: String::new(),
-                    at_most_bytes: self.max_document_bytes,
-                };
-                let path = path.clone();
-                let reading = tokio::task::spawn_blocking(move || jobs.job(&path));
-                reading.await.map_err(|error| error.to_string())?
+    /// Looks at what messages name until it is time to look at everything.
+    async fn listen_until(
+        &self,
+        end: Instant,
+        hints: &mut mpsc::Receiver<Vec<u8>>,
+        due: &mut VecDeque<(Instant, String)>,
+        shutdown: &Shutdown,
+    ) {
+        let mut messages = Vec::new();
+        loop {
+            let wake = due.front().map_or(end, |(time, _)| end.min(*time));
+            let (keys, is_new) = tokio::select! {
+                () = shutdown.draining() => return,
+                () = tokio::time::sleep_until(wake) => {
+                    if Instant::now() >= end {
+                        return;
+                    }
+                    let settled = due.iter().take_while(|(time, _)| *time <= Instant::now()).count();
+                    (due.drain(..settled).map(|(_, key)| key).collect(), false)
+                }
+                count = hints.recv_many(&mut messages, 100) => match count {
+                    // Its sender ends with the drain.
+                    0 => return,
+                    _ => (self.named(messages.drain(..)), true),
+                },
+            };
+            let looked = self.look_at(&keys).await;
+            if is_new && !self.place.settle.is_zero() {
+                let time = Instant::now() + self.place.settle + MARGIN;
+                let room = SECOND_LOOKS.saturating_sub(due.len());
+                due.extend(keys.into_iter().take(room).map(|key| (time, key)));
             }
-            DocumentUri::S3 { .. } => self.object_job(seen),
-        };
-        let job = made.map_err(|error| error.to_string())?;
-        Ok(NewJob { door: Door::DropFolder, origin: self.profile.at.to_string(), size_bytes: Some(seen.size), ..job })
-    }
-
-    fn object_job(&self, seen: &Seen) -> Result<NewJob, crate::job::MessageError> {
-        let document = DocumentMessage { uri: seen.uri.clone(), etag: seen.etag.clone(), ..DocumentMessage::default() };
-        let message = JobMessage { documents: vec![document], ..self.template() };
-        let limits = MessageLimits::default();
-        let payload = message.clone().check(Some(JobId::derive(&[])), &limits)?.payload_digest;
-        let id = JobId::derive(&[b"drop", payload.as_bytes(), seen.version.as_bytes()]);
-        let job = message.check(Some(id), &limits)?;
-        Ok(NewJob { job, door: Door::DropFolder, origin: String::new(), size_bytes: None, reply: None })
-    }
-
-    fn template(&self) -> JobMessage {
-        let profile = &self.profile;
-        JobMessage {
-            instruction: profile.instruction.clone(),
-            template: profile.template.as_ref().map(ToString::to_string),
-            model: profile.model.clone(),
-            priority: Some(profile.priority.get()),
-            ..JobMessage::new(profile.task, Vec::new())
+            self.report(looked);
         }
     }
 
-    async fn reject(&self, seen: &Seen, reason: String) -> Result<(), StoreError> {
-        let origin = crate::job::clean::clean(&seen.uri).into_owned();
-        metrics::REJECTED.add(&["drop", ErrorCode::MessageInvalid.as_str()], 1);
-        let rejection = Rejection {
-            door: Door::DropFolder,
-            origin,
-            message_id: Some(seen.version.clone()),
-            job_id: None,
-            code: ErrorCode::MessageInvalid,
-            reason,
-            digest: Digest::of_bytes(format!("{}\n{}", seen.uri, seen.version).as_bytes()),
-            size_bytes: seen.size,
-        };
-        self.store.reject(&rejection).await
+    /// Keys below this place that messages name.
+    fn named(&self, messages: impl Iterator<Item = Vec<u8>>) -> Vec<String> {
+        let DocumentUri::S3 { bucket, key: prefix, .. } = &self.place.at else { return Vec::new() };
+        let hints = messages.flat_map(|body| events::hints(&body)).filter(|hint| hint.bucket == *bucket);
+        let keys = hints.flat_map(|hint| hint.keys).filter(|key| key.starts_with(prefix));
+        // With a document comes what is beside it, and the other way round.
+        keys.map(|key| key.strip_suffix(profile::SIDECAR).unwrap_or(&key).to_owned()).collect()
+    }
+
+    /// Looks at some keys only, and takes what is ready.
+    async fn look_at(&self, keys: &[String]) -> Result<u64, LookError> {
+        let DocumentUri::S3 { store, bucket, .. } = &self.place.at else { return Ok(0) };
+        let Some(client) = self.stores.iter().find(|client| client.alias() == store) else { return Ok(0) };
+        let mut page = Vec::new();
+        for name in keys {
+            for key in [name.clone(), format!("{name}{}", profile::SIDECAR)] {
+                let request = GetRequest { bucket, key: &key, ..GetRequest::default() };
+                match client.head(request).await {
+                    Ok(head) if head.etag.is_some() => {
+                        let etag = head.etag.map(|etag| etag.trim_matches('"').to_owned());
+                        let listed = Listed { key, size: head.size, etag, last_modified: None, is_exact: true };
+                        page.push(Seen::object(store, bucket, listed));
+                    }
+                    // What cannot be told from another version is left to the next whole look.
+                    Ok(_) | Err(ObjectError::NotFound { .. }) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+        }
+        self.remember(page).await?;
+        self.take_ready().await
     }
 }

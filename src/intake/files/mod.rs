@@ -48,6 +48,11 @@ impl FileJobs {
     }
 }
 
+/// Digest of a regular file; none for one that is too large to be read anyway.
+pub(super) fn content_digest(path: &Path, at_most: u64) -> io::Result<Option<Digest>> {
+    content(path, at_most).map(|(digest, _)| digest)
+}
+
 /// Digest and size of a regular file; no digest for one that is too large to be read anyway.
 fn content(path: &Path, at_most: u64) -> io::Result<(Option<Digest>, u64)> {
     let about = std::fs::metadata(path)?;

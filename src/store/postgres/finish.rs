@@ -218,6 +218,7 @@ impl PostgresStore {
         ending: &Ending,
     ) -> Result<(), StoreError> {
         let Some(body) = event::body(lease, ending) else { return Ok(()) };
+        self.note_exports(transaction, lease).await?;
         let query = sqlx::query(EVENT).bind(lease.job.uuid()).bind(lease.job.event_id(lease.attempt)).bind(body);
         query.execute(&mut **transaction).await.map(drop).map_err(|error| self.error("finish", error))
     }

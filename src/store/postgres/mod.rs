@@ -6,7 +6,9 @@
 //!
 //! Invariant: every time is the database's; no statement and no lock lasts longer than the server is told to allow.
 
+mod drops;
 mod error;
+mod exports;
 mod finish;
 mod inbox;
 mod look;

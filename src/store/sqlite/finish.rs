@@ -213,6 +213,7 @@ impl SqliteStore {
         ending: &Ending,
     ) -> Result<(), StoreError> {
         let Some(body) = event::body(lease, ending) else { return Ok(()) };
+        self.note_exports(transaction, lease).await?;
         let query = sqlx::query(EVENT).bind(lease.job.to_string()).bind(lease.job.event_id(lease.attempt).to_string());
         query
             .bind(body.to_string())
