@@ -120,3 +120,48 @@ SELECT state, task, model, priority, count(*) AS jobs, sum(size_bytes)::bigint A
 FROM (SELECT * FROM jobs WHERE state = 'queued' UNION ALL SELECT * FROM jobs WHERE state = 'running') AS unfinished
 GROUP BY 1, 2, 3, 4
 ORDER BY 1, 4 DESC, 2, 3;
+
+COMMENT ON VIEW report_jobs IS 'One row a job, newest first, with its result and the times of its last attempt.';
+COMMENT ON COLUMN report_jobs.job_id IS 'Id of the job';
+COMMENT ON COLUMN report_jobs.state IS 'queued, running, succeeded, failed, dead or cancelled';
+COMMENT ON COLUMN report_jobs.task IS 'summarise, extract or ask';
+COMMENT ON COLUMN report_jobs.document IS 'URI of the first document';
+COMMENT ON COLUMN report_jobs.model IS 'Model of the last result; without one, the model the producer asked for';
+COMMENT ON COLUMN report_jobs.priority IS '0 to 9, the highest first';
+COMMENT ON COLUMN report_jobs.attempts IS 'Attempts so far';
+COMMENT ON COLUMN report_jobs.tokens_in IS 'Tokens of context and query';
+COMMENT ON COLUMN report_jobs.tokens_out IS 'Tokens generated';
+COMMENT ON COLUMN report_jobs.prefill_ms IS 'Prefill of the last attempt, milliseconds';
+COMMENT ON COLUMN report_jobs.generate_ms IS 'Generation of the last attempt, milliseconds';
+COMMENT ON COLUMN report_jobs.text IS 'Result as text';
+COMMENT ON COLUMN report_jobs.extraction IS 'Result as JSON, of extract';
+COMMENT ON COLUMN report_jobs.error_code IS 'Why the last attempt gave no result';
+
+COMMENT ON VIEW report_throughput_hourly IS 'Endings of jobs by hour (UTC), task, model and state. A job that was replayed has ended several times.';
+COMMENT ON COLUMN report_throughput_hourly.hour IS 'Begin of the hour';
+COMMENT ON COLUMN report_throughput_hourly.jobs IS 'Endings';
+COMMENT ON COLUMN report_throughput_hourly.tokens_in IS 'Tokens read';
+COMMENT ON COLUMN report_throughput_hourly.tokens_out IS 'Tokens generated';
+
+COMMENT ON VIEW report_latency IS 'Percentiles of the stages of successful attempts, over all time, by stage, task and model; within 1 %.';
+COMMENT ON COLUMN report_latency.stage IS 'queue, fetch, decode, tokenize, prefill, generate or record';
+COMMENT ON COLUMN report_latency.attempts IS 'Successful attempts that reached the stage';
+COMMENT ON COLUMN report_latency.p50_ms IS 'Median, milliseconds';
+COMMENT ON COLUMN report_latency.p95_ms IS '95th percentile, milliseconds';
+COMMENT ON COLUMN report_latency.p99_ms IS '99th percentile, milliseconds';
+
+COMMENT ON VIEW report_failures IS 'Jobs that failed or are dead, and rejected messages or objects, by reason.';
+COMMENT ON COLUMN report_failures.kind IS 'job or rejection';
+COMMENT ON COLUMN report_failures.code IS 'Stable code of the reason';
+COMMENT ON COLUMN report_failures.count IS 'How many';
+COMMENT ON COLUMN report_failures.last_at IS 'The newest';
+
+COMMENT ON VIEW report_tokens IS 'Successful endings and tokens by task and model, with the rates of prefill and generation.';
+COMMENT ON COLUMN report_tokens.jobs IS 'Successful endings';
+COMMENT ON COLUMN report_tokens.prefill_tokens_per_s IS 'Input tokens a second of prefill';
+COMMENT ON COLUMN report_tokens.generated_tokens_per_s IS 'Generated tokens a second of generation';
+
+COMMENT ON VIEW report_backlog IS 'Jobs waiting and running, by state, task, model and priority.';
+COMMENT ON COLUMN report_backlog.jobs IS 'How many';
+COMMENT ON COLUMN report_backlog.bytes IS 'Bytes of their documents as far as known';
+COMMENT ON COLUMN report_backlog.oldest_at IS 'When the oldest was taken in';

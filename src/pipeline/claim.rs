@@ -1,10 +1,14 @@
-//! The first hand: takes jobs from the store, one when there is room for it, and makes them ready for the engine.
+//! The first hand: takes jobs from the store, as many in one claim as there is room for, and makes them ready for the engine side by side.
 //!
-//! Invariant: nothing is claimed that could not be passed on at once, and nothing at all once the drain has begun.
+//! Invariant: nothing is claimed that has no place before the engine, and nothing at all once the drain has begun. A document that comes
+//! slowly holds up no other job.
 
+use std::future::Future;
+use std::pin::pin;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use futures_util::stream::{FuturesUnordered, Stream, StreamExt};
+use tokio::sync::mpsc::{self, OwnedPermit};
 
 use super::events::Event;
 use super::infer::{Ended, Ready};
@@ -27,24 +31,43 @@ impl Pipeline {
         ended: mpsc::Sender<Ended>,
         shutdown: Shutdown,
     ) -> Result<(), PipelineError> {
+        let mut preparing = FuturesUnordered::new();
         loop {
-            let room = tokio::select! {
-                () = shutdown.draining() => return Ok(()),
-                room = ready.reserve() => room.map_err(|_| PipelineError::EngineGone)?,
-            };
-            let Some(claim) = self.next(&shutdown, &ready).await? else { return Ok(()) };
+            let Some(places) = meanwhile(&mut preparing, places(&ready, &shutdown)).await?? else { break };
+            let claims = meanwhile(&mut preparing, self.next(places.len(), &shutdown, &ready)).await??;
+            if claims.is_empty() {
+                break;
+            }
             failpoint::reach("claim.committed");
-            let mut work = self.held.hold(claim);
-            self.parts.events.event(Event::Claimed { job: &work.claim.job, lease: work.held.lease });
-            match self.prepare_unless_called_off(&mut work, &shutdown).await {
-                Ok(request) => {
-                    failpoint::reach("claim.prepared");
-                    room.send(Ready::new(work, request));
-                }
-                Err(error) => {
-                    let unsent = ended.send(Ended { work, result: Err(error) }).await;
-                    unsent.map_err(|_| PipelineError::EngineGone)?;
-                }
+            // Every claimed job gets its heartbeat from now on, whichever is prepared first.
+            for (claim, place) in claims.into_iter().zip(places) {
+                preparing.push(self.make_ready(self.held.hold(claim), place, &ended, &shutdown));
+            }
+        }
+        while let Some(passed_on) = preparing.next().await {
+            passed_on?;
+        }
+        Ok(())
+    }
+
+    /// Prepares a job and passes it on: to the engine, or with what is wrong with it to the recorder.
+    async fn make_ready(
+        &self,
+        mut work: Work,
+        place: OwnedPermit<Ready>,
+        ended: &mpsc::Sender<Ended>,
+        shutdown: &Shutdown,
+    ) -> Result<(), PipelineError> {
+        self.parts.events.event(Event::Claimed { job: &work.claim.job, lease: work.held.lease });
+        match self.prepare_unless_called_off(&mut work, shutdown).await {
+            Ok(request) => {
+                failpoint::reach("claim.prepared");
+                place.send(Ready::new(work, request));
+                Ok(())
+            }
+            Err(error) => {
+                drop(place);
+                ended.send(Ended { work, result: Err(error) }).await.map_err(|_| PipelineError::EngineGone)
             }
         }
     }
@@ -62,12 +85,17 @@ impl Pipeline {
         }
     }
 
-    /// The next job; nothing if all have ended, the drain has begun or there is nobody left to take it.
-    async fn next(&self, shutdown: &Shutdown, ready: &mpsc::Sender<Ready>) -> Result<Option<Claim>, PipelineError> {
+    /// The next jobs, `limit` at most; none if all have ended, the drain has begun or there is nobody left to take them.
+    async fn next(
+        &self,
+        limit: usize,
+        shutdown: &Shutdown,
+        ready: &mpsc::Sender<Ready>,
+    ) -> Result<Vec<Claim>, PipelineError> {
         let settings = &self.settings;
         let request = ClaimRequest {
             worker: settings.worker.clone(),
-            limit: 1,
+            limit: u32::try_from(limit).unwrap_or(u32::MAX),
             lease: settings.lease,
             models: settings.models.clone(),
             max_bytes: settings.claim_at_most_bytes,
@@ -78,29 +106,25 @@ impl Pipeline {
             // What is claimed while no engine can be had would only be held, and handed back.
             if !self.parts.engine.is_ready() {
                 tokio::select! {
-                    () = shutdown.draining() => return Ok(None),
+                    () = shutdown.draining() => return Ok(Vec::new()),
                     () = tokio::time::sleep(settings.poll) => continue,
                 }
             }
-            let pause = match self.claim_one(&request).await {
-                Ok(Some(claim)) => return Ok(Some(claim)),
-                Ok(None) if self.is_over().await? => return Ok(None),
-                Ok(None) => {
+            let pause = match self.parts.store.claim(&request).await {
+                Ok(claims) if !claims.is_empty() => return Ok(claims),
+                Ok(_) if self.is_over().await? => return Ok(Vec::new()),
+                Ok(_) => {
                     wait = Wait::default();
                     settings.poll
                 }
                 Err(error) => wait.after("claim", error, self)?,
             };
             tokio::select! {
-                () = shutdown.draining() => return Ok(None),
+                () = shutdown.draining() => return Ok(Vec::new()),
                 () = tokio::time::sleep(pause) => {}
             }
         }
-        Ok(None)
-    }
-
-    async fn claim_one(&self, request: &ClaimRequest) -> Result<Option<Claim>, StoreError> {
-        Ok(self.parts.store.claim(request).await?.pop())
+        Ok(Vec::new())
     }
 
     /// Whether all jobs of `only` have ended; never so without such a list.
@@ -115,6 +139,33 @@ impl Pipeline {
             Ok(unfinished) => Ok(unfinished.is_empty()),
             Err(error) if error.is_transient() => Ok(false),
             Err(error) => Err(error.into()),
+        }
+    }
+}
+
+/// The places that are free before the engine, at least one; none once the drain has begun.
+async fn places(
+    ready: &mpsc::Sender<Ready>,
+    shutdown: &Shutdown,
+) -> Result<Option<Vec<OwnedPermit<Ready>>>, PipelineError> {
+    let first = tokio::select! {
+        () = shutdown.draining() => return Ok(None),
+        place = ready.clone().reserve_owned() => place.map_err(|_| PipelineError::EngineGone)?,
+    };
+    let others = std::iter::from_fn(|| ready.clone().try_reserve_owned().ok());
+    Ok(Some(std::iter::once(first).chain(others).collect()))
+}
+
+/// What `future` gives, while the jobs that are being prepared go on.
+async fn meanwhile<T>(
+    preparing: &mut (impl Stream<Item = Result<(), PipelineError>> + Unpin),
+    future: impl Future<Output = T>,
+) -> Result<T, PipelineError> {
+    let mut future = pin!(future);
+    loop {
+        tokio::select! {
+            given = &mut future => return Ok(given),
+            Some(passed_on) = preparing.next() => passed_on?,
         }
     }
 }

@@ -5,6 +5,8 @@
 
 use std::time::Instant;
 
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use tokio::sync::mpsc;
 
 use super::claim::Wait;
@@ -19,6 +21,9 @@ use crate::failpoint;
 use crate::job::{JobError, Stage};
 use crate::store::{AttemptReport, Ending};
 
+/// Attempts written at the same time, so that short jobs share the flushes of the database's log; never more than are prepared ahead.
+const RECORDED_AT_ONCE: usize = 8;
+
 impl Pipeline {
     /// Records until nothing can come any more.
     pub(super) async fn record_all(
@@ -26,10 +31,23 @@ impl Pipeline {
         mut results: mpsc::Receiver<Ended>,
         shutdown: Shutdown,
     ) -> Result<(), PipelineError> {
-        while let Some(Ended { work, result }) = results.recv().await {
-            self.record(work, result, &shutdown).await?;
+        let at_once = self.settings.ahead.clamp(1, RECORDED_AT_ONCE);
+        let (mut writing, mut failed, mut more) = (FuturesUnordered::new(), None, true);
+        loop {
+            tokio::select! {
+                ended = results.recv(), if more && writing.len() < at_once => match ended {
+                    Some(Ended { work, result }) => writing.push(self.record(work, result, &shutdown)),
+                    None => more = false,
+                },
+                Some(written) = writing.next(), if !writing.is_empty() => {
+                    if let Err(error) = written {
+                        // The others' transactions still come to their end.
+                        (failed, more) = (Some(error), false);
+                    }
+                }
+                else => return failed.map_or(Ok(()), Err),
+            }
         }
-        Ok(())
     }
 
     async fn record(

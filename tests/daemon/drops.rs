@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 
 use crate::harness::{SOON, Site, all, declare, settled, until};
 use crate::objects::client;
+use crate::services::postgres;
 use crate::services::s3::{S3, shared};
 
 /// A bucket of its own, and the configuration of a store that may read it.

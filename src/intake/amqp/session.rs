@@ -127,11 +127,21 @@ impl<'a> Session<'a> {
             false => patiently(shutdown, "enqueue", || self.intake.store.enqueue(&jobs)).await?,
         };
         failpoint::reach("intake.committed");
+        let mut taken = Vec::new();
         for ((delivery, job), answer) in of_jobs.into_iter().zip(&jobs).zip(answers) {
             metrics::INTAKE.add(&[answer_name(answer)], 1);
             match answer {
-                Enqueued::Inserted | Enqueued::Duplicate { .. } => self.ack(&delivery).await?,
+                Enqueued::Inserted | Enqueued::Duplicate { .. } => taken.push(delivery),
                 Enqueued::Conflict => refused.push((delivery, conflict(job))),
+            }
+        }
+        match taken.last() {
+            // Everything delivered up to here is committed, earlier batches included.
+            Some(last) if refused.is_empty() => self.ack_with(last, BasicAckOptions { multiple: true }).await?,
+            _ => {
+                for delivery in &taken {
+                    self.ack(delivery).await?;
+                }
             }
         }
         failpoint::reach("intake.acked");
@@ -171,8 +181,12 @@ impl<'a> Session<'a> {
     }
 
     async fn ack(&self, delivery: &Delivery) -> Result<(), AmqpError> {
+        self.ack_with(delivery, BasicAckOptions::default()).await
+    }
+
+    async fn ack_with(&self, delivery: &Delivery, options: BasicAckOptions) -> Result<(), AmqpError> {
         let broker = &self.intake.broker;
-        match broker.step("ack", delivery.acker.ack(BasicAckOptions::default())).await? {
+        match broker.step("ack", delivery.acker.ack(options)).await? {
             true => Ok(()),
             // The channel has gone under it: the broker delivers again, and the inbox knows the job.
             false => Err(AmqpError::Cancelled { place: broker.to_string(), queue: self.intake.topology.queue.clone() }),
