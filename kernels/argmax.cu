@@ -25,6 +25,8 @@ DEVICE uint32_t block_min(uint32_t value, uint32_t* scratch) {
 
 extern "C" __global__ void __launch_bounds__(THREADS) argmax(const float* logits, int count, uint32_t* best) {
     __shared__ uint32_t scratch[32];
+    let_the_next_grid_start();
+    wait_for_earlier_grids();
     uint32_t least = NONE, at = NONE, bad = NONE;  // the complement of the highest, so that everything is a minimum
     for (int i = threadIdx.x; i < count; i += THREADS) {
         const float value = logits[i];

@@ -6,6 +6,8 @@
 #include <device.cuh>
 
 extern "C" __global__ void merge_stacked(int count, int rows, int heads, int head_dim, const bf16* parts, const float* part_lse, bf16* out) {
+    let_the_next_grid_start();
+    wait_for_earlier_grids();
     const int width = heads * head_dim;
     for (int col = threadIdx.x * 8; col < width; col += blockDim.x * 8) {
         const float* lse = part_lse + size_t(blockIdx.x) * heads + col / head_dim;

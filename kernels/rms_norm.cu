@@ -7,6 +7,8 @@ static constexpr int VECTORS = 4;
 
 extern "C" __global__ void __launch_bounds__(1024) rms_norm(const bf16* x, const bf16* w, float epsilon, int cols, bf16* out) {
     __shared__ float scratch[32];
+    let_the_next_grid_start();
+    wait_for_earlier_grids();
     const bf16* row = x + size_t(blockIdx.x) * cols;
     Vec8 held[VECTORS];
     float sum = 0.f;

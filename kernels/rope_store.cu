@@ -34,6 +34,7 @@ extern "C" __global__ void rope_store(
     const __grid_constant__ PositionRuns runs, const __grid_constant__ Frequencies frequencies,
     int heads, int kv_heads, int head_dim, bf16* qkv, bf16* k, bf16* v) {
     __shared__ float cosine[128], sine[128];
+    let_the_next_grid_start();
     const int half = head_dim / 2;
     const double position = position_of(blockIdx.x, runs);
     for (int i = threadIdx.x; i < half; i += blockDim.x) {
@@ -44,6 +45,7 @@ extern "C" __global__ void rope_store(
         sine[i] = sinf(reduced) * frequencies.scale;
     }
     __syncthreads();
+    wait_for_earlier_grids();
 
     bf16* row = qkv + size_t(blockIdx.x) * (heads + 2 * kv_heads) * head_dim;
     const size_t kv_width = size_t(kv_heads) * head_dim;

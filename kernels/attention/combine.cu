@@ -7,6 +7,8 @@
 extern "C" __global__ void attention_combine(
     const __grid_constant__ Shape shape, const __grid_constant__ Plan plan, const Merge* merges, int rows, int head_dim,
     const __grid_constant__ Output to) {
+    let_the_next_grid_start();
+    wait_for_earlier_grids();
     const Merge merge = merges[blockIdx.x];
     const Task task = plan.tasks[merge.task];
     const int kv_head = blockIdx.y, packed = merge.first_row + blockIdx.z;

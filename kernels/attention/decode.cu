@@ -145,6 +145,8 @@ struct DecodeAttention {
     extern "C" __global__ void __launch_bounds__(WARPS * 32) NAME(                                                      \
         const __grid_constant__ Shape shape, const __grid_constant__ Sources sources, const __grid_constant__ Plan plan, \
         const bf16* q, const __grid_constant__ Output to) {                                                             \
+        let_the_next_grid_start();                                                                                      \
+        wait_for_earlier_grids();                                                                                       \
         DecodeAttention<HD> attention(shape, sources, plan);                                                            \
         attention.load_q(q);                                                                                            \
         attention.run(plan);                                                                                            \

@@ -40,6 +40,22 @@ DEVICE uint32_t shuffle(uint32_t value, int lane) { return __shfl_sync(ALL_LANES
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE bool warp_any(bool value) { return __any_sync(ALL_LANES, value); }
 
+// Overlap of a launch with the one before it, where the launch allows that (sm_90; elsewhere grids never overlap).
+//
+// Everything issued before has been done, and is seen, after this; until then only what no kernel writes may be touched. Every kernel of a
+// chain of overlapping launches has to call it.
+DEVICE void wait_for_earlier_grids() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The next grid may start as soon as all blocks of this one have.
+DEVICE void let_the_next_grid_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // The block's dynamic shared memory, 1024-byte aligned as swizzled tiles need it.
 DEVICE uint8_t* dynamic_shared() {
     extern __shared__ __align__(1024) uint8_t block_shared[];

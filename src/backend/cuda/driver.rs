@@ -164,7 +164,7 @@ impl Module {
             unsafe { result::function::set_function_attribute(raw, attribute, shared_bytes as i32) }
                 .map_err(failed(name))?;
         }
-        Ok(Function { raw, name, shared_bytes: shared_bytes as u32 })
+        Ok(Function { raw, name, shared_bytes: shared_bytes as u32, overlaps: false })
     }
 }
 
@@ -174,6 +174,18 @@ pub(super) struct Function {
     raw: sys::CUfunction,
     name: &'static str,
     shared_bytes: u32,
+    overlaps: bool,
+}
+
+impl Function {
+    /// Lets launches begin while the kernel before is still at work.
+    ///
+    /// # Safety
+    /// 1. The kernel waits for earlier grids before it touches what a kernel may write (kernels/ptx/simt.cuh), and the device is of
+    ///    capability 9.0 or later.
+    pub unsafe fn overlapping(self) -> Self {
+        Self { overlaps: true, ..self }
+    }
 }
 
 // SAFETY: a function is a handle into its module, which the backend keeps for as long.
@@ -237,19 +249,27 @@ impl Stream {
             return Ok(());
         }
         self.context.bind(function.name)?;
-        let blocks = (grid.0 as u32, grid.1 as u32, grid.2 as u32);
-        // SAFETY: (1), (2) by the caller; the function's module is loaded.
-        unsafe {
-            result::launch_kernel(
-                function.raw,
-                blocks,
-                (threads as u32, 1, 1),
-                function.shared_bytes,
-                self.raw,
-                parameters,
-            )
-        }
-        .map_err(failed(function.name))
+        let mut overlap = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: grid.0 as u32,
+            gridDimY: grid.1 as u32,
+            gridDimZ: grid.2 as u32,
+            blockDimX: threads as u32,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: function.shared_bytes,
+            hStream: self.raw,
+            attrs: &mut overlap,
+            numAttrs: u32::from(function.overlaps),
+        };
+        // SAFETY: (1), (2) by the caller; the function's module is loaded, and the driver reads the configuration before it returns.
+        let code =
+            unsafe { sys::cuLaunchKernelEx(&config, function.raw, parameters.as_mut_ptr(), std::ptr::null_mut()) };
+        code.result().map_err(failed(function.name))
     }
 
     /// Copies host memory to the device. The driver has taken pageable memory over when this returns; pinned memory has to stay unchanged

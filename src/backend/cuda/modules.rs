@@ -1,6 +1,7 @@
 //! The kernels, loaded: the cubins that the build embedded, and every function by name.
 //!
 //! Invariant: a function is launched by one typed wrapper only, beside the operation it serves.
+#![allow(unsafe_code)]
 
 use std::sync::Arc;
 
@@ -10,9 +11,26 @@ use crate::backend::BackendError;
 /// `(module, architecture, image)`, preferred architectures first.
 const CUBINS: &[(&str, &str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/cubins.rs"));
 
+/// Kernels of decode, which are short and many: each may begin while the one before ends. All of them wait for earlier grids first.
+const OVERLAPPING: &[&str] = &[
+    "argmax",
+    "attention_combine",
+    "attention_decode_128",
+    "attention_decode_64",
+    "attention_decode_32",
+    "attention_decode_16",
+    "gemv",
+    "gemv_f32",
+    "gemv_swiglu",
+    "merge_stacked",
+    "rms_norm",
+    "rope_store",
+];
+
 /// The modules of one device.
 pub(super) struct Modules {
     loaded: Vec<(&'static str, Module)>,
+    can_overlap: bool,
 }
 
 impl Modules {
@@ -29,7 +47,7 @@ impl Modules {
         let wanted = CUBINS.iter().filter(|(_, of, _)| *of == architecture);
         let loaded =
             wanted.map(|(name, _, image)| Ok((*name, context.load(image)?))).collect::<Result<_, BackendError>>()?;
-        Ok(Self { loaded })
+        Ok(Self { loaded, can_overlap: context.capability >= 90 })
     }
 
     /// Whether the device runs this module at all.
@@ -42,7 +60,12 @@ impl Modules {
         let found = self.loaded.iter().find(|(loaded, _)| *loaded == module);
         let (_, module) =
             found.ok_or_else(|| BackendError::Device { op: name, reason: format!("no module {module}") })?;
-        module.function(name, shared_bytes)
+        let function = module.function(name, shared_bytes)?;
+        match self.can_overlap && OVERLAPPING.contains(&name) {
+            // SAFETY: (1) the listed kernels call wait_for_earlier_grids; the capability was asked for.
+            true => Ok(unsafe { function.overlapping() }),
+            false => Ok(function),
+        }
     }
 }
 

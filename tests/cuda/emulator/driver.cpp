@@ -100,6 +100,16 @@ Result cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, uns
     return last_failure.empty() ? OK : LAUNCH_FAILED;
 }
 
+struct LaunchConfig {
+    unsigned grid[3], block[3], shared_bytes;
+    void *stream, *attributes;
+    unsigned attribute_count;
+};
+// Attributes let launches overlap; here they never do.
+Result cuLaunchKernelEx(const LaunchConfig* c, void* function, void** parameters, void** extra) {
+    return cuLaunchKernel(function, c->grid[0], c->grid[1], c->grid[2], c->block[0], c->block[1], c->block[2], c->shared_bytes, c->stream, parameters, extra);
+}
+
 Result cuGetErrorName(Result result, const char** name) {
     *name = result == OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY" : result == LAUNCH_FAILED ? "CUDA_ERROR_LAUNCH_FAILED" : "CUDA_ERROR";
     return OK;

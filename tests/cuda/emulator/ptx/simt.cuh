@@ -49,6 +49,10 @@ inline float half_to_float(uint16_t bits) {
     return sign * std::ldexp(float(1024 + fraction), exponent - 25);
 }
 
+// Launches never overlap here.
+inline void wait_for_earlier_grids() {}
+inline void let_the_next_grid_start() {}
+
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }
 
