@@ -1,4 +1,4 @@
-// RoPE and KV write: rotates q and k of a packed row in place and copies the rotated key and the value to the cache.
+// RoPE and KV write: rotates q and k of a packed row in place and copies the rotated key and the value to the cache (k and v null: nowhere).
 //
 // qkv [rows, (heads + 2 kv_heads) * head_dim], k and v [rows, kv_heads * head_dim], bf16; head_dim a multiple of 16, at most 256.
 // Element i of a head pairs with i + head_dim/2 (half-split form). Row r has position runs.position[j] + (r - runs.row[j]) of the
@@ -49,14 +49,15 @@ extern "C" __global__ void rope_store(
 
     bf16* row = qkv + size_t(blockIdx.x) * (heads + 2 * kv_heads) * head_dim;
     const size_t kv_width = size_t(kv_heads) * head_dim;
-    bf16* k_row = k + blockIdx.x * kv_width;
-    bf16* v_row = v + blockIdx.x * kv_width;
+    bf16* k_row = k ? k + blockIdx.x * kv_width : nullptr;
     const int units = half / 8;
     for (int i = threadIdx.x; i < (heads + kv_heads) * units; i += blockDim.x) {
         const int head = i / units, at = i % units * 8;
-        bf16* copy = head < heads ? nullptr : k_row + (head - heads) * head_dim + at;
+        bf16* copy = head < heads || !k_row ? nullptr : k_row + (head - heads) * head_dim + at;
         rotate(row + head * head_dim + at, half, cosine + at, sine + at, copy);
     }
+    if (!v) return;
+    bf16* v_row = v + blockIdx.x * kv_width;
     const bf16* values = row + (heads + kv_heads) * head_dim;
     for (int i = threadIdx.x * 8; i < kv_width; i += blockDim.x * 8) store8(v_row + i, load8(values + i));
 }

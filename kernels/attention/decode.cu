@@ -1,37 +1,33 @@
-// Decode attention: the few packed rows of one or several queries over a long cache, bound by the bandwidth of keys and values.
+// Decode attention: the few packed rows of one or several queries over a long cache in bf16 or FP8, bound by the bandwidth of keys and values.
 //
 // The same formula and work list as mma.cu with a row tile of 16 packed rows. Each warp of a block walks every WARPS-th key tile on its own, with its
 // own softmax and its own ring of shared memory, so that no warp waits for another; the warps' results are merged at the end through shared memory.
-#include <attention/cursor.cuh>
+#include <attention/kv_ring.cuh>
 #include <attention/output.cuh>
 #include <attention/softmax.cuh>
-#include <attention/sources.h>
-#include <attention/tile.cuh>
 
 static constexpr int ROWS = 16;
 static constexpr int WARPS = 4;
 static constexpr int KEYS = 32;
-static constexpr int STAGES = 2;
 
-template <int HD>
+template <int HD, class Ring>
 struct DecodeAttention {
-    static constexpr int STAGE = 2 * KEYS * HD;  // elements of a key tile and its value tile
+    static constexpr int STAGES = Ring::STAGES;
 
     const Shape& shape;
-    const Sources& sources;
+    const typename Ring::From& sources;
     const Task task;
     const Work work;
     const int kv_head, warp, lane;
-    bf16 *q, *ring;
+    bf16* q;
+    Ring ring;
     Softmax softmax;
     float out[1][HD / 2] = {};
 
-    DEVICE DecodeAttention(const Shape& shape, const Sources& sources, const Plan& plan)
+    DEVICE DecodeAttention(const Shape& shape, const typename Ring::From& sources, const Plan& plan)
         : shape(shape), sources(sources), task(plan.tasks[plan.works[blockIdx.x].task]), work(plan.works[blockIdx.x]),
-          kv_head(blockIdx.y), warp(threadIdx.x / 32), lane(threadIdx.x % 32) {
-        q = reinterpret_cast<bf16*>(dynamic_shared());
-        ring = q + ROWS * HD + warp * STAGES * STAGE;
-    }
+          kv_head(blockIdx.y), warp(threadIdx.x / 32), lane(threadIdx.x % 32), q(reinterpret_cast<bf16*>(dynamic_shared())),
+          ring(dynamic_shared() + ROWS * HD * 2 + warp * Ring::BYTES) {}
 
     DEVICE int packed_rows() const { return task.queries * shape.group; }
     DEVICE int query_of(int row) const { return min((work.first_row + row) / shape.group, task.queries - 1); }
@@ -49,26 +45,16 @@ struct DecodeAttention {
         __syncthreads();
     }
 
-    DEVICE void load_stage(int stage, const Cursor<KEYS>& at) {
-        const Segment& segment = *at.segment;
-        const size_t offset = size_t(segment.first_row + at.first_key()) * shape.kv_stride + kv_head * HD;
-        const int valid = segment.rows - at.first_key();
-        bf16* tile = ring + stage * STAGE;
-        Tile<HD>::load(tile, sources.k[segment.source] + offset, shape.kv_stride, KEYS, valid, lane, 32);
-        Tile<HD>::load(tile + KEYS * HD, sources.v[segment.source] + offset, shape.kv_stride, KEYS, valid, lane, 32);
-    }
-
     DEVICE void attend(int stage, const Cursor<KEYS>& at) {
-        bf16* tile = ring + stage * STAGE;
         float scores[1][KEYS / 2], rescale[2];
-        multiply_qk<HD, KEYS>(scores, q, 0, tile);
+        multiply_qk<HD, KEYS>(scores, q, 0, ring.keys(stage));
         if (at.masked()) {
             const int visible[2] = {at.visible(query_of(lane / 4)), at.visible(query_of(lane / 4 + 8))};
             mask_scores(scores[0], visible);
         }
         softmax.update(scores[0], shape.scale * 1.4426950408889634f, rescale);
         rescale_rows(out[0], rescale);
-        multiply_pv<HD, KEYS>(out, scores, tile + KEYS * HD);
+        multiply_pv<HD, KEYS>(out, scores, ring.values(stage));
     }
 
     DEVICE void run(const Plan& plan) {
@@ -80,7 +66,7 @@ struct DecodeAttention {
         for (; loaded < STAGES - 1; ++loaded) {
             if (loaded < mine) {
                 if (loaded > 0) ahead.advance(WARPS);
-                load_stage(loaded, ahead);
+                ring.load(loaded, sources, shape, kv_head, ahead);
             }
             copy_async_commit();
         }
@@ -88,7 +74,7 @@ struct DecodeAttention {
             sync_warp();  // every lane is done with the stage that is overwritten now
             if (loaded < mine) {
                 ahead.advance(WARPS);
-                load_stage(loaded % STAGES, ahead);
+                ring.load(loaded % STAGES, sources, shape, kv_head, ahead);
             }
             copy_async_commit();
             copy_async_wait<STAGES - 1>();
@@ -141,19 +127,23 @@ struct DecodeAttention {
     }
 };
 
-#define KERNEL(NAME, HD)                                                                                                \
+#define KERNEL(NAME, HD, RING)                                                                                          \
     extern "C" __global__ void __launch_bounds__(WARPS * 32) NAME(                                                      \
-        const __grid_constant__ Shape shape, const __grid_constant__ Sources sources, const __grid_constant__ Plan plan, \
-        const bf16* q, const __grid_constant__ Output to) {                                                             \
+        const __grid_constant__ Shape shape, const __grid_constant__ RING<HD, KEYS>::From sources,                      \
+        const __grid_constant__ Plan plan, const bf16* q, const __grid_constant__ Output to) {                          \
         let_the_next_grid_start();                                                                                      \
         wait_for_earlier_grids();                                                                                       \
-        DecodeAttention<HD> attention(shape, sources, plan);                                                            \
+        DecodeAttention<HD, RING<HD, KEYS>> attention(shape, sources, plan);                                            \
         attention.load_q(q);                                                                                            \
         attention.run(plan);                                                                                            \
         attention.write(to);                                                                                            \
     }
 
-KERNEL(attention_decode_128, 128)
-KERNEL(attention_decode_64, 64)
-KERNEL(attention_decode_32, 32)
-KERNEL(attention_decode_16, 16)
+KERNEL(attention_decode_128, 128, PlainRing)
+KERNEL(attention_decode_64, 64, PlainRing)
+KERNEL(attention_decode_32, 32, PlainRing)
+KERNEL(attention_decode_16, 16, PlainRing)
+KERNEL(attention_decode_fp8_128, 128, Fp8Ring)
+KERNEL(attention_decode_fp8_64, 64, Fp8Ring)
+KERNEL(attention_decode_fp8_32, 32, Fp8Ring)
+KERNEL(attention_decode_fp8_16, 16, Fp8Ring)

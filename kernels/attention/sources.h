@@ -1,6 +1,8 @@
 // Key/value matrices of an attention call, passed by value.
 #pragma once
 
+#include <cstdint>
+
 struct bf16;
 
 static constexpr int MAX_SOURCES = 64;
@@ -8,4 +10,13 @@ static constexpr int MAX_SOURCES = 64;
 struct Sources {
     const bf16* k[MAX_SOURCES];
     const bf16* v[MAX_SOURCES];
+};
+
+// The same in FP8, see kv_fp8.cu: factors are [kv_heads, rows].
+struct Fp8Sources {
+    const uint8_t* k[MAX_SOURCES];
+    const uint8_t* v[MAX_SOURCES];
+    const float* k_factors[MAX_SOURCES];
+    const float* v_factors[MAX_SOURCES];
+    int32_t rows[MAX_SOURCES];
 };

@@ -155,6 +155,11 @@ pub trait Backend: Send + Sync {
     fn weight_stacked(&self, views: &[WeightView<'_>]) -> Result<Self::Weight, BackendError>;
     /// An activation matrix; contents undefined.
     fn matrix(&self, rows: usize, cols: usize) -> Result<Self::Matrix, BackendError>;
+    /// A matrix to keep keys or values in for decode, `[rows, kv_heads * head_dim]`; contents undefined. A device may keep them in a smaller type than
+    /// it computes with: [`Backend::rope_store`] and [`Backend::copy_rows`] write to such a matrix, [`Backend::attention`] reads it, nothing else does.
+    fn kv_matrix(&self, shape: HeadShape, rows: usize) -> Result<Self::Matrix, BackendError> {
+        self.matrix(rows, shape.kv_width())
+    }
     /// A score matrix; contents undefined.
     fn scores(&self, rows: usize, cols: usize) -> Result<Self::Scores, BackendError>;
 

@@ -19,6 +19,9 @@ pub(super) struct DeviceArgs {
     /// Ranks that work on a document together: groups of threads on the CPU, GPUs with cuda. Changes speed, not results.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     pub ranks: u16,
+    /// How keys and values are kept for generation: fp8 halves their memory and costs some exactness (cuda only).
+    #[arg(long, value_enum, default_value_t = KvCacheName::Native)]
+    pub kv_cache: KvCacheName,
     /// CPU threads of all ranks together; by default as many as the machine has.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,
@@ -33,6 +36,26 @@ pub(super) enum BackendName {
     Cuda,
 }
 
+/// Types of `--kv-cache`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum KvCacheName {
+    /// As they are computed.
+    Native,
+    /// FP8 (e4m3), a scale for every row and head.
+    Fp8,
+}
+
+impl KvCacheName {
+    /// As the backend has it.
+    #[cfg(feature = "cuda")]
+    pub fn of_cuda(self) -> crate::backend::cuda::KvCacheType {
+        match self {
+            Self::Native => crate::backend::cuda::KvCacheType::Bf16,
+            Self::Fp8 => crate::backend::cuda::KvCacheType::Fp8,
+        }
+    }
+}
+
 impl DeviceArgs {
     /// Opens a model where the options say.
     pub fn open(&self, model: &Path, heads: Option<&Path>) -> Result<Arc<dyn Engine>, CliError> {
@@ -44,6 +67,9 @@ impl DeviceArgs {
 
     /// Opens a model on the CPU.
     pub fn open_cpu(&self, model: &Path, heads: Option<&Path>) -> Result<LocalEngine, CliError> {
+        if self.kv_cache != KvCacheName::Native {
+            return Err(CliError::Usage("--kv-cache fp8: with --backend cuda only".to_owned()));
+        }
         let mut options =
             LocalOptions { heads: heads.map(Path::to_owned), ranks: self.ranks.into(), ..LocalOptions::default() };
         options.threads = self.threads.map_or(options.threads, usize::from);
@@ -67,7 +93,8 @@ impl DeviceArgs {
             let reason = "--ranks: with cuda a model runs on one GPU; --hosts cuts a document into parts on it";
             return Err(CliError::Usage(reason.to_owned()));
         }
-        let options = crate::engine::CudaEngineOptions { heads: heads.map(Path::to_owned), ..Default::default() };
+        let mut options = crate::engine::CudaEngineOptions { heads: heads.map(Path::to_owned), ..Default::default() };
+        options.backend.kv_cache = self.kv_cache.of_cuda();
         crate::engine::CudaEngine::open(model, &options).map_err(|error| CliError::Usage(error.to_string()))
     }
 }

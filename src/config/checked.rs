@@ -66,6 +66,8 @@ pub struct EngineConfig {
     pub heads: Option<PathBuf>,
     /// Where the model runs: `cpu` or `cuda`.
     pub backend: String,
+    /// How keys and values are kept: `native` or `fp8`.
+    pub kv_cache: String,
     /// Ranks at most.
     pub ranks: usize,
     /// Threads of all ranks; absent: all there are.
@@ -251,12 +253,16 @@ fn check_engine(raw: raw::Engine, faults: &mut Vec<String>) -> EngineConfig {
     refuse(faults, raw.ranks == Some(0), "[engine] ranks: at least 1");
     let backend = raw.backend.unwrap_or_else(|| "cpu".to_owned());
     refuse(faults, !["cpu", "cuda"].contains(&backend.as_str()), "[engine] backend: cpu or cuda");
+    let kv_cache = raw.kv_cache.unwrap_or_else(|| "native".to_owned());
+    refuse(faults, !["native", "fp8"].contains(&kv_cache.as_str()), "[engine] kv_cache: native or fp8");
+    refuse(faults, kv_cache == "fp8" && backend != "cuda", "[engine] kv_cache: fp8 needs backend = \"cuda\"");
     let factor = raw.silence_factor.unwrap_or(5.0);
     refuse(faults, !(1.0..=1000.0).contains(&factor), "[engine] silence_factor: not in 1..1000");
     EngineConfig {
         model: raw.model,
         heads: raw.heads,
         backend,
+        kv_cache,
         ranks: raw.ranks.unwrap_or(1),
         threads: raw.threads,
         names: raw.names.unwrap_or_default(),

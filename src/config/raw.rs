@@ -43,7 +43,7 @@ section! {
 section! {
     /// The model and its process.
     Engine {
-        model: PathBuf, heads: PathBuf, backend: String, ranks: usize, threads: usize, names: Vec<String>, command: Vec<String>,
+        model: PathBuf, heads: PathBuf, backend: String, kv_cache: String, ranks: usize, threads: usize, names: Vec<String>, command: Vec<String>,
         start_within_s: u64, silence_floor_s: u64, silence_factor: f64,
     }
 }

@@ -5,6 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use crate::backend::HeadShape;
 use crate::backend::cuda::{Cuda, CudaOptions, ScratchShape};
 use crate::comm::solo::SoloComm;
 use crate::model::ModelSpec;
@@ -76,6 +77,10 @@ impl Devices for CudaDevices {
 
     fn element_bytes(&self) -> usize {
         size_of::<half::bf16>()
+    }
+
+    fn kept_row_bytes(&self, shape: HeadShape) -> usize {
+        self.backend.kv_cache().bytes(2 * shape.kv_width(), shape.head_dim)
     }
 
     fn scratch_bytes(&self, spec: &ModelSpec) -> u64 {

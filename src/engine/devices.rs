@@ -4,7 +4,7 @@
 
 use std::sync::Arc;
 
-use crate::backend::Backend;
+use crate::backend::{Backend, HeadShape};
 use crate::comm::Comm;
 use crate::model::ModelSpec;
 use crate::model::weights::Weights;
@@ -40,6 +40,10 @@ pub trait Devices: Send + Sync {
     fn ranks(&self) -> usize;
     /// Bytes of an activation.
     fn element_bytes(&self) -> usize;
+    /// Bytes of a row of keys and its values in one layer, as they are kept for decode.
+    fn kept_row_bytes(&self, shape: HeadShape) -> usize {
+        2 * shape.kv_width() * self.element_bytes()
+    }
     /// What a rank's backend uses at most for itself while it computes, in bytes.
     fn scratch_bytes(&self, spec: &ModelSpec) -> u64;
     /// What there is now.

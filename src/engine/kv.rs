@@ -27,6 +27,12 @@ impl<M> KeyValues<M> {
         Ok(Self { k: backend.matrix(rows, cols)?, v: backend.matrix(rows, cols)? })
     }
 
+    /// As [`new`](Self::new), to be kept for decode.
+    pub fn kept<B: Backend<Matrix = M>>(backend: &B, shape: HeadShape, rows: usize) -> Result<Self, BackendError> {
+        let rows = rows.max(1);
+        Ok(Self { k: backend.kv_matrix(shape, rows)?, v: backend.kv_matrix(shape, rows)? })
+    }
+
     /// The keys alone.
     pub fn keys(&self) -> &M {
         &self.k
@@ -98,7 +104,7 @@ impl<B: Backend> KvCache<B> {
     ) -> Result<Self, BackendError> {
         let has_last = layout.hosts.contains(&(plan.hosts.len() - 1));
         let (local, tail) = (layout.local_rows().len(), if has_last { plan.cache_tail(new_tokens) } else { 0 });
-        let layer = |_| KeyValues::new(backend, spec.shape, local + tail);
+        let layer = |_| KeyValues::kept(backend, spec.shape, local + tail);
         Ok(Self { layers: (0..spec.layers).map(layer).collect::<Result<_, _>>()?, local, tail })
     }
 }

@@ -111,6 +111,7 @@ impl<D: Devices> ModelEngine<D> {
             kv_heads: shape.kv_heads,
             head_dim: shape.head_dim,
             element_bytes: self.devices.element_bytes(),
+            kept_row_bytes: self.devices.kept_row_bytes(shape),
             scratch_bytes: self.devices.scratch_bytes(&self.spec),
         }
     }

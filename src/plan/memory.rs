@@ -22,6 +22,8 @@ pub struct Footprint {
     pub head_dim: usize,
     /// Bytes of an activation.
     pub element_bytes: usize,
+    /// Bytes of a row of keys and its values in one layer, as they are kept for decode.
+    pub kept_row_bytes: usize,
     /// What a rank's backend may use for itself (chunks of the MLP, partial sums), in bytes.
     pub scratch_bytes: u64,
 }
@@ -73,7 +75,7 @@ impl PrefillPlan {
         let hosts = self.hosts_of(rank, ranks);
         let tail = if hosts.contains(&(self.hosts.len() - 1)) { self.cache_tail(new_tokens) } else { 0 };
         let local: usize = self.hosts[hosts].iter().map(|host| host.local.len()).sum();
-        model.activations(2 * model.layers * model.kv_width() * (local + tail).max(1))
+        (model.layers * model.kept_row_bytes * (local + tail).max(1)) as u64
     }
 
     fn prefill_memory(&self, rank: usize, ranks: usize, model: &Footprint) -> u64 {

@@ -1,6 +1,6 @@
 //! Attention over lists of segments: every kernel family, odd sizes, tails, empty segments, queries that see nothing.
 
-use apbd::backend::cuda::{AttentionPath, Cuda};
+use apbd::backend::cuda::{AttentionPath, Cuda, CudaMatrix};
 use apbd::backend::{AttentionTask, Backend, HeadShape, KvRef, Mask, Segment};
 
 use super::values::{Steps, Values, judge, poisoned, poisoned_scores};
@@ -18,18 +18,19 @@ pub const TESTS: &[Test] = &[
 
 const OUT_OF_REACH: usize = 3;
 
-struct Case {
-    shape: HeadShape,
+/// An attention call.
+pub struct Case {
+    pub shape: HeadShape,
     /// Rows of each source.
-    sources: Vec<usize>,
-    tasks: Vec<AttentionTask>,
+    pub sources: Vec<usize>,
+    pub tasks: Vec<AttentionTask>,
 }
 
-fn segment(source: usize, rows: std::ops::Range<usize>, mask: Mask) -> Segment {
+pub fn segment(source: usize, rows: std::ops::Range<usize>, mask: Mask) -> Segment {
     Segment { source, rows, mask }
 }
 
-fn shape(heads: usize, kv_heads: usize, head_dim: usize) -> HeadShape {
+pub fn shape(heads: usize, kv_heads: usize, head_dim: usize) -> HeadShape {
     HeadShape { heads, kv_heads, head_dim }
 }
 
@@ -76,6 +77,17 @@ fn reference(case: &Case, q: &Values, kv: &[(Values, Values)], steps: Steps) -> 
 }
 
 fn check(cuda: &Cuda, name: &str, case: &Case) {
+    check_kept(cuda, name, case, &|values| values.matrix(cuda), &Values::clone);
+}
+
+/// Over keys and values that `place` brings to the device and that attention sees as `seen`.
+pub fn check_kept(
+    cuda: &Cuda,
+    name: &str,
+    case: &Case,
+    place: &dyn Fn(&Values) -> CudaMatrix,
+    seen: &dyn Fn(&Values) -> Values,
+) {
     let rows = case.tasks.iter().map(|task| task.queries.end).max().unwrap() + OUT_OF_REACH;
     let width = case.shape.q_width();
     // The queries are the first columns of packed rows.
@@ -89,7 +101,8 @@ fn check(cuda: &Cuda, name: &str, case: &Case) {
             )
         })
         .collect();
-    let device: Vec<_> = kv.iter().map(|(k, v)| (k.matrix(cuda), v.matrix(cuda))).collect();
+    let device: Vec<_> = kv.iter().map(|(k, v)| (place(k), place(v))).collect();
+    let kv: Vec<_> = kv.iter().map(|(k, v)| (seen(k), seen(v))).collect();
     let sources: Vec<_> = device.iter().map(|(k, v)| KvRef { k, v }).collect();
     let (mut out, mut lse) = (poisoned(cuda, rows, width), poisoned_scores(cuda, rows, case.shape.heads));
     cuda.attention(case.shape, &q.matrix(cuda), &sources, &case.tasks, &mut out, Some(&mut lse)).unwrap();
@@ -114,11 +127,11 @@ fn check(cuda: &Cuda, name: &str, case: &Case) {
 }
 
 /// All head sizes and group sizes of interest.
-fn shapes() -> [HeadShape; 6] {
+pub fn shapes() -> [HeadShape; 6] {
     [shape(4, 4, 16), shape(6, 2, 32), shape(8, 2, 64), shape(4, 1, 128), shape(8, 1, 128), shape(5, 5, 128)]
 }
 
-fn one_task(shape: HeadShape, queries: std::ops::Range<usize>, segments: Vec<Segment>) -> Case {
+pub fn one_task(shape: HeadShape, queries: std::ops::Range<usize>, segments: Vec<Segment>) -> Case {
     let rows = segments.iter().map(|segment| segment.rows.end).max().unwrap_or(1).max(1);
     Case { shape, sources: vec![rows, rows], tasks: vec![AttentionTask { queries, segments }] }
 }

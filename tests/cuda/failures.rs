@@ -1,6 +1,6 @@
 //! Mistakes of a caller, and memory that does not suffice: errors that say what, and a device that goes on.
 
-use apbd::backend::cuda::{AttentionPath, Cuda, CudaOptions};
+use apbd::backend::cuda::{Cuda, CudaOptions};
 use apbd::backend::{AttentionTask, Backend, BackendError, HeadShape, KvRef, Mask, Segment};
 
 use super::Test;
@@ -40,7 +40,7 @@ fn memory(cuda: &Cuda) {
 }
 
 fn missing(_: &Cuda) {
-    let options = CudaOptions { memory_bytes: Some(1 << 20), attention: AttentionPath::Fastest };
+    let options = CudaOptions { memory_bytes: Some(1 << 20), ..CudaOptions::default() };
     let error = Cuda::open(1000, &options).err().unwrap().to_string();
     assert!(error.contains("no such device"), "{error}");
 }

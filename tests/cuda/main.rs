@@ -10,6 +10,7 @@
 
 mod attention;
 mod failures;
+mod kept;
 mod layers;
 mod parity;
 mod partials;
@@ -28,10 +29,11 @@ use libtest_mimic::{Arguments, Failed, Trial};
 const MEMORY_BYTES: usize = 1 << 30;
 
 /// What takes the emulator minutes.
-const TOO_LONG_TO_EMULATE: [&str; 4] = [
+const TOO_LONG_TO_EMULATE: [&str; 5] = [
     "attention_is_the_same_every_time",
     "large_weights_come_whole",
     "the_shipped_model_agrees_with_the_cpu",
+    "the_shipped_model_reads_from_a_cache_in_fp8",
     "ten_runs_are_equal_to_the_bit",
 ];
 
@@ -46,8 +48,15 @@ fn main() -> ExitCode {
         return ExitCode::FAILURE;
     }
     let device = Arc::new(Mutex::new(device.ok()));
-    let on_device =
-        [attention::TESTS, layers::TESTS, partials::TESTS, selection::TESTS, weights::TESTS, failures::TESTS];
+    let on_device = [
+        attention::TESTS,
+        kept::TESTS,
+        layers::TESTS,
+        partials::TESTS,
+        selection::TESTS,
+        weights::TESTS,
+        failures::TESTS,
+    ];
     let mut trials: Vec<Trial> = on_device.into_iter().flatten().map(|test| trial(&device, *test)).collect();
     trials.extend(parity::TESTS.iter().map(|(name, test)| {
         let ignored = is_ignored(&device, name);
@@ -64,7 +73,7 @@ fn main() -> ExitCode {
 }
 
 fn open(attention: AttentionPath) -> Result<Cuda, BackendError> {
-    Cuda::open(0, &CudaOptions { memory_bytes: Some(MEMORY_BYTES), attention })
+    Cuda::open(0, &CudaOptions { memory_bytes: Some(MEMORY_BYTES), attention, ..CudaOptions::default() })
 }
 
 /// Whether a test can not run here, or should not.

@@ -20,6 +20,7 @@ fn no_rank_allocates_more_than_its_plan_says() {
         kv_heads: shape.kv_heads,
         head_dim: shape.head_dim,
         element_bytes: 4,
+        kept_row_bytes: 2 * shape.kv_width() * size_of::<f32>(),
         scratch_bytes: 0,
     };
     let all = distinct_tokens(127, 1);

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use super::arena::{Arena, Piece};
 use super::attention_plan::{Tiling, WorkList};
 use super::driver::{Function, Stream, TensorMap, parameters};
+use super::kept::restored;
 use super::matrix::{CudaMatrix, CudaScores, require};
 use super::modules::Modules;
 use crate::backend::{AttentionTask, BackendError, HeadShape, KvRef};
@@ -37,6 +38,7 @@ enum Family {
     Mma,
     Chunk,
     Decode,
+    DecodeFp8,
 }
 
 /// A kernel for a head size.
@@ -67,6 +69,8 @@ pub(super) struct Attention {
     mma: Vec<(usize, Kernel)>,
     chunk: Vec<(usize, Kernel)>,
     decode: Vec<(usize, Kernel)>,
+    decode_fp8: Vec<(usize, Kernel)>,
+    restore_fp8: Function,
     combine: Function,
     multiprocessors: usize,
     lists: Mutex<Vec<(ListKey, Arc<DeviceList>)>>,
@@ -110,6 +114,16 @@ struct SourceAddresses {
     v: [u64; MAX_SOURCES],
 }
 
+/// `Fp8Sources` of sources.h.
+#[repr(C)]
+struct Fp8SourceAddresses {
+    k: [u64; MAX_SOURCES],
+    v: [u64; MAX_SOURCES],
+    k_factors: [u64; MAX_SOURCES],
+    v_factors: [u64; MAX_SOURCES],
+    rows: [i32; MAX_SOURCES],
+}
+
 /// `Maps` of hopper.cu.
 #[repr(C)]
 struct Maps {
@@ -148,6 +162,8 @@ impl Attention {
             mma: family(&HEAD_DIMS, &|dim| mma_kernel(modules, dim, Family::Mma))?,
             chunk: family(&HEAD_DIMS, &|dim| mma_kernel(modules, dim, Family::Chunk))?,
             decode: family(&HEAD_DIMS, &|dim| decode_kernel(modules, dim))?,
+            decode_fp8: family(&HEAD_DIMS, &|dim| decode_fp8_kernel(modules, dim))?,
+            restore_fp8: modules.function("kv_fp8", "restore_fp8", 0)?,
             combine: modules.function("attention/combine", "attention_combine", 0)?,
             multiprocessors,
             lists: Mutex::default(),
@@ -163,6 +179,9 @@ impl Attention {
         tasks: &[AttentionTask],
     ) -> Result<(), BackendError> {
         check(call, tasks)?;
+        if call.is_fp8() {
+            return self.run_fp8(stream, arena, call, tasks);
+        }
         for family in [Family::Hopper, Family::Mma, Family::Chunk, Family::Decode] {
             let of_family =
                 tasks.iter().filter(|task| !task.queries.is_empty() && self.family(call.shape, task) == family);
@@ -173,9 +192,40 @@ impl Attention {
         Ok(())
     }
 
+    /// Over keys and values in FP8: decode reads them as they are, everything else has them restored.
+    fn run_fp8(
+        &self,
+        stream: &Stream,
+        arena: &Arc<Arena>,
+        call: &Call<'_>,
+        tasks: &[AttentionTask],
+    ) -> Result<(), BackendError> {
+        let asked = tasks.iter().filter(|task| !task.queries.is_empty());
+        let (decoding, others): (Vec<_>, Vec<_>) =
+            asked.partition(|task| self.family(call.shape, task) == Family::Decode);
+        for batch in batches(decoding.into_iter()) {
+            self.launch(stream, arena, call, Family::DecodeFp8, &batch)?;
+        }
+        if others.is_empty() {
+            return Ok(());
+        }
+        let others: Vec<AttentionTask> = others.into_iter().cloned().collect();
+        let segments = || others.iter().flat_map(|task| &task.segments);
+        let restore = |(index, source): (usize, &KvRef<'_, CudaMatrix>)| {
+            let rows = segments().filter(|segment| segment.source == index).map(|segment| segment.rows.end);
+            let rows = rows.max().unwrap_or(0);
+            let plain = |matrix| restored((stream, &self.restore_fp8), arena, call.shape, matrix, rows);
+            Ok((plain(source.k)?, plain(source.v)?))
+        };
+        let plain: Vec<(CudaMatrix, CudaMatrix)> =
+            call.sources.iter().enumerate().map(restore).collect::<Result<_, BackendError>>()?;
+        let sources: Vec<_> = plain.iter().map(|(k, v)| KvRef { k, v }).collect();
+        self.run(stream, arena, &Call { sources: &sources, ..*call }, &others)
+    }
+
     /// Bytes that the partial results of a call take at most: keys are split only as far as there are blocks to take the pieces.
     pub fn most_partial_bytes(&self, head_dim: usize) -> usize {
-        let families = [&self.mma, &self.chunk, &self.decode];
+        let families = [&self.mma, &self.chunk, &self.decode, &self.decode_fp8];
         let kernels = families.into_iter().flatten().filter(|(dim, _)| *dim == head_dim);
         let bytes =
             kernels.map(|(_, kernel)| self.multiprocessors * kernel.resident * kernel.rows * (head_dim + 1) * 4);
@@ -202,6 +252,7 @@ impl Attention {
             Family::Mma => &self.mma,
             Family::Chunk => &self.chunk,
             Family::Decode => &self.decode,
+            Family::DecodeFp8 => &self.decode_fp8,
         };
         let found = of_family.iter().find(|(dim, _)| *dim == head_dim).map(|(_, kernel)| kernel);
         found.ok_or_else(|| BackendError::Shape {
@@ -229,13 +280,21 @@ impl Attention {
         let partial = arena.take(OP, partial_rows * call.shape.head_dim * 4)?;
         let partial_lse = arena.take(OP, partial_rows * 4)?;
         let (shape, plan) = (call.shape_words(), list.plan());
-        let sources = call.addresses();
+        let (sources, fp8_sources) = (call.addresses(), call.fp8_addresses());
+        let sources: *mut std::ffi::c_void = match &fp8_sources {
+            Some(fp8) => std::ptr::from_ref(&**fp8).cast_mut().cast(),
+            None => std::ptr::from_ref(&sources).cast_mut().cast(),
+        };
         let output =
             OutputAddresses { partial: partial.address(), partial_lse: partial_lse.address(), ..call.output() };
         let q = call.q.row(0);
         let grid = (list.works, call.shape.kv_heads, 1);
         // SAFETY: (1) parameters as in mma.cu and decode.cu; (2) pieces stay allocated in stream order, matrices are borrowed.
-        unsafe { stream.launch(&kernel.function, grid, kernel.threads, parameters![shape, sources, plan, q, output]) }?;
+        unsafe {
+            let parameters = parameters![shape, (), plan, q, output];
+            parameters[1] = sources;
+            stream.launch(&kernel.function, grid, kernel.threads, parameters)
+        }?;
         let (merges, rows, head_dim) = (list.merges_at, kernel.rows as i32, call.shape.head_dim as i32);
         let grid = (list.merges, call.shape.kv_heads, kernel.rows);
         let threads = (call.shape.head_dim / 2).next_multiple_of(32);
@@ -351,6 +410,27 @@ fn decode_kernel(modules: &Modules, head_dim: usize) -> Result<Kernel, BackendEr
     })
 }
 
+fn decode_fp8_kernel(modules: &Modules, head_dim: usize) -> Result<Kernel, BackendError> {
+    let (warps, keys, stages) = (4, 32, 3);
+    let name = match head_dim {
+        128 => "attention_decode_fp8_128",
+        64 => "attention_decode_fp8_64",
+        32 => "attention_decode_fp8_32",
+        _ => "attention_decode_fp8_16",
+    };
+    // Codes and factors of keys and values in every stage, and a tile in bf16.
+    let ring = stages * 2 * keys * (head_dim + 4) + keys * head_dim * 2;
+    let function = modules.function("attention/decode", name, DECODE_ROWS * head_dim * 2 + warps * ring)?;
+    Ok(Kernel {
+        function,
+        rows: DECODE_ROWS,
+        keys,
+        threads: 32 * warps,
+        resident: 128 / head_dim,
+        least_tiles: 2 * warps,
+    })
+}
+
 /// Tasks that fit into one launch: distinct key/value ranges are as many as there are tensor maps at most, and so are sources.
 fn batches<'a>(tasks: impl Iterator<Item = &'a AttentionTask>) -> Vec<Vec<AttentionTask>> {
     let mut batches: Vec<Vec<AttentionTask>> = Vec::new();
@@ -390,9 +470,12 @@ fn check(call: &Call<'_>, tasks: &[AttentionTask]) -> Result<(), BackendError> {
             segment.source,
         )?;
         let source = &call.sources[segment.source];
-        source.k.need(OP, "keys", segment.rows.end, call.shape.kv_width())?;
-        source.v.need(OP, "values", segment.rows.end, call.shape.kv_width())?;
+        source.k.need_either(OP, "keys", segment.rows.end, call.shape.kv_width())?;
+        source.v.need_either(OP, "values", segment.rows.end, call.shape.kv_width())?;
     }
+    let in_fp8 = call.sources.iter().flat_map(|source| [source.k, source.v]).filter(|matrix| matrix.fp8.is_some());
+    let in_fp8 = in_fp8.count();
+    require(OP, in_fp8 == 0 || in_fp8 == 2 * call.sources.len(), "sources all in bf16 or all in FP8", in_fp8)?;
     let segments = tasks.iter().map(|task| task.segments.len()).max().unwrap_or(0);
     require(OP, segments <= MAX_MAPS, &format!("at most {MAX_MAPS} segments a task"), segments)
 }
@@ -408,10 +491,30 @@ impl Call<'_> {
     fn addresses(&self) -> SourceAddresses {
         let mut addresses = SourceAddresses { k: [0; MAX_SOURCES], v: [0; MAX_SOURCES] };
         for (i, source) in self.sources.iter().enumerate() {
-            addresses.k[i] = source.k.row(0);
-            addresses.v[i] = source.v.row(0);
+            addresses.k[i] = source.k.piece.address();
+            addresses.v[i] = source.v.piece.address();
         }
         addresses
+    }
+
+    fn is_fp8(&self) -> bool {
+        self.sources.iter().any(|source| source.k.fp8.is_some())
+    }
+
+    fn fp8_addresses(&self) -> Option<Box<Fp8SourceAddresses>> {
+        if !self.is_fp8() {
+            return None;
+        }
+        let none = [0; MAX_SOURCES];
+        let mut addresses =
+            Fp8SourceAddresses { k: none, v: none, k_factors: none, v_factors: none, rows: [0; MAX_SOURCES] };
+        for (i, KvRef { k, v }) in self.sources.iter().enumerate() {
+            let factors = |matrix: &CudaMatrix| matrix.fp8.as_ref().map_or(0, |factors| factors.piece.address());
+            (addresses.k[i], addresses.v[i]) = (k.piece.address(), v.piece.address());
+            (addresses.k_factors[i], addresses.v_factors[i]) = (factors(k), factors(v));
+            addresses.rows[i] = k.rows as i32;
+        }
+        Some(Box::new(addresses))
     }
 
     fn output(&self) -> OutputAddresses {

@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use super::blas::{Form, Operands};
 use super::driver::parameters;
+use super::kept::Rows;
 use super::matrix::{CudaMatrix, CudaScores, CudaWeight, require};
 use super::{Cuda, KvMut};
 use crate::backend::{BackendError, HeadShape};
@@ -198,8 +199,9 @@ impl Cuda {
     ) -> Result<(), BackendError> {
         let op = "rope_store";
         qkv.need(op, "qkv", rows.end, shape.qkv_width())?;
-        kv.k.need(op, "keys", kv.first_row + rows.len(), shape.kv_width())?;
-        kv.v.need(op, "values", kv.first_row + rows.len(), shape.kv_width())?;
+        kv.k.need_either(op, "keys", kv.first_row + rows.len(), shape.kv_width())?;
+        kv.v.need_either(op, "values", kv.first_row + rows.len(), shape.kv_width())?;
+        let is_plain = kv.k.fp8.is_none() && kv.v.fp8.is_none();
         require(op, positions.len() == rows.len(), &format!("{} positions", rows.len()), positions.len())?;
         let half = shape.head_dim / 2;
         require(op, inv_freq.len() == half, &format!("{half} frequencies"), inv_freq.len())?;
@@ -216,13 +218,20 @@ impl Cuda {
             let (runs, count) = PositionRuns::new(&positions[first..]);
             let destination = kv.first_row + first;
             let [heads, kv_heads, head_dim] = [shape.heads, shape.kv_heads, shape.head_dim].map(|n| n as i32);
-            let (at, k, v) = (qkv.row(rows.start + first), kv.k.row(destination), kv.v.row(destination));
+            let at = qkv.row(rows.start + first);
+            let (k, v) = if is_plain { (kv.k.row(destination), kv.v.row(destination)) } else { (0, 0) };
             let parameters = parameters![runs, frequencies, heads, kv_heads, head_dim, at, k, v];
             // SAFETY: (1) parameters as in rope_store.cu; (2) matrices are borrowed.
             unsafe { self.stream.launch(&self.functions.rope_store, (count, 1, 1), 256, parameters) }?;
             first += count;
         }
-        Ok(())
+        if is_plain {
+            return Ok(());
+        }
+        let keys = qkv.row(rows.start) + (shape.q_width() * 2) as u64;
+        let from = [keys, keys + (shape.kv_width() * 2) as u64];
+        let rows = Rows { count: rows.len(), stride: qkv.cols };
+        self.keep(shape.head_dim, &rows, &from, &[kv.k, kv.v], kv.first_row)
     }
 
     pub(super) fn run_copy_rows(
@@ -235,9 +244,13 @@ impl Cuda {
     ) -> Result<(), BackendError> {
         let op = "copy_rows";
         src.need(op, "src", src_row + rows, src.cols)?;
-        dst.need(op, "dst", dst_row + rows, src.cols)?;
+        dst.need_either(op, "dst", dst_row + rows, src.cols)?;
         if rows == 0 {
             return Ok(());
+        }
+        if let Some(factors) = &dst.fp8 {
+            let from = Rows { count: rows, stride: src.cols };
+            return self.keep(src.cols / factors.heads, &from, &[src.row(src_row)], &[&*dst], dst_row);
         }
         // SAFETY: (1) checked above; `dst` is uniquely borrowed, so it is not `src`.
         unsafe { self.stream.copy(op, src.row(src_row), dst.row(dst_row), rows * src.cols * 2) }

@@ -8,11 +8,19 @@ use std::sync::Arc;
 use super::arena::{Arena, Piece};
 use crate::backend::BackendError;
 
-/// Activations, keys or values, bf16.
+/// Activations, keys or values: bf16, or kept keys and values in FP8.
 pub struct CudaMatrix {
     pub(super) piece: Piece,
     pub(super) rows: usize,
     pub(super) cols: usize,
+    /// Of a matrix in FP8, whose elements have a byte.
+    pub(super) fp8: Option<Fp8Factors>,
+}
+
+/// Factors of a matrix in FP8, f32 `[heads, rows]`: element = code * factor, see kernels/fp8.cuh.
+pub(super) struct Fp8Factors {
+    pub(super) piece: Piece,
+    pub(super) heads: usize,
 }
 
 /// Scores or log-sum-exps, f32.
@@ -40,13 +48,37 @@ pub struct CudaWeight {
 
 impl CudaMatrix {
     pub(super) fn new(arena: &Arc<Arena>, op: &'static str, rows: usize, cols: usize) -> Result<Self, BackendError> {
-        Ok(Self { piece: arena.take(op, rows * cols * 2)?, rows, cols })
+        Ok(Self { piece: arena.take(op, rows * cols * 2)?, rows, cols, fp8: None })
     }
-    /// Address of a row.
+    /// A matrix in FP8, `heads` factors a row.
+    pub(super) fn in_fp8(
+        arena: &Arc<Arena>,
+        op: &'static str,
+        rows: usize,
+        cols: usize,
+        heads: usize,
+    ) -> Result<Self, BackendError> {
+        let factors = Fp8Factors { piece: arena.take(op, rows * heads * 4)?, heads };
+        Ok(Self { piece: arena.take(op, rows * cols)?, rows, cols, fp8: Some(factors) })
+    }
+    /// Address of a row of a matrix in bf16.
     pub(super) fn row(&self, row: usize) -> u64 {
+        debug_assert!(self.fp8.is_none());
         self.piece.address() + (row * self.cols * 2) as u64
     }
+    /// Shape, and bf16.
     pub(super) fn need(&self, op: &'static str, what: &str, rows: usize, cols: usize) -> Result<(), BackendError> {
+        require(op, self.fp8.is_none(), &format!("{what} in bf16"), "FP8")?;
+        self.need_either(op, what, rows, cols)
+    }
+    /// Shape alone: keys and values that are kept may be in FP8.
+    pub(super) fn need_either(
+        &self,
+        op: &'static str,
+        what: &str,
+        rows: usize,
+        cols: usize,
+    ) -> Result<(), BackendError> {
         need(op, what, (rows, cols), (self.rows, self.cols))
     }
 }

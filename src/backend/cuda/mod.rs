@@ -8,6 +8,7 @@ mod attention;
 mod attention_plan;
 mod blas;
 mod driver;
+mod kept;
 mod layers;
 mod matrix;
 mod measure;
@@ -41,6 +42,28 @@ pub struct CudaOptions {
     pub memory_bytes: Option<usize>,
     /// Kernels to use for tasks of many queries.
     pub attention: AttentionPath,
+    /// How keys and values are kept for decode.
+    pub kv_cache: KvCacheType,
+}
+
+/// Element type of the keys and values that are kept. Prefill itself always attends to them in bf16.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KvCacheType {
+    /// As they are computed.
+    #[default]
+    Bf16,
+    /// FP8 (e4m3), with an f32 scale for every row and KV head.
+    Fp8,
+}
+
+impl KvCacheType {
+    /// Bytes of `elements` elements in heads of `head_dim`.
+    pub fn bytes(self, elements: usize, head_dim: usize) -> usize {
+        match self {
+            Self::Bf16 => 2 * elements,
+            Self::Fp8 => elements + elements / head_dim * size_of::<f32>(),
+        }
+    }
 }
 
 /// What of a model decides how much the operations need for themselves.
@@ -69,6 +92,7 @@ pub struct Cuda {
     stream: Stream,
     context: Arc<Context>,
     ordinal: usize,
+    kv_cache: KvCacheType,
 }
 
 impl Cuda {
@@ -93,6 +117,7 @@ impl Cuda {
             stream,
             context,
             ordinal,
+            kv_cache: options.kv_cache,
         })
     }
 
@@ -107,6 +132,11 @@ impl Cuda {
         let scores = selection::SCORE_ROWS * shape.head_width * 4;
         let partials = self.attention.most_partial_bytes(shape.heads.head_dim);
         [mlp, scores, partials, shape.vocab * 4].into_iter().max().unwrap_or(0) as u64
+    }
+
+    /// How keys and values are kept.
+    pub fn kv_cache(&self) -> KvCacheType {
+        self.kv_cache
     }
 
     /// Bytes that were in use at most since [`Cuda::watch_memory`], weights included.
@@ -152,6 +182,13 @@ impl Backend for Cuda {
 
     fn matrix(&self, rows: usize, cols: usize) -> Result<CudaMatrix, BackendError> {
         CudaMatrix::new(&self.arena, "matrix", rows, cols)
+    }
+
+    fn kv_matrix(&self, shape: HeadShape, rows: usize) -> Result<CudaMatrix, BackendError> {
+        match self.kv_cache {
+            KvCacheType::Bf16 => self.matrix(rows, shape.kv_width()),
+            KvCacheType::Fp8 => CudaMatrix::in_fp8(&self.arena, "kv_matrix", rows, shape.kv_width(), shape.kv_heads),
+        }
     }
 
     fn scores(&self, rows: usize, cols: usize) -> Result<CudaScores, BackendError> {

@@ -19,9 +19,14 @@ const OVERLAPPING: &[&str] = &[
     "attention_decode_64",
     "attention_decode_32",
     "attention_decode_16",
+    "attention_decode_fp8_128",
+    "attention_decode_fp8_64",
+    "attention_decode_fp8_32",
+    "attention_decode_fp8_16",
     "gemv",
     "gemv_f32",
     "gemv_swiglu",
+    "keep_fp8",
     "merge_stacked",
     "rms_norm",
     "rope_store",
@@ -97,6 +102,7 @@ functions! {
     convert_weights in "weights";
     random_bf16 in "random";
     embed in "embed";
+    keep_fp8 in "kv_fp8";
     rms_norm in "rms_norm";
     rope_store in "rope_store";
     swiglu in "swiglu";

@@ -28,7 +28,8 @@ pub(super) fn execute(what: &What) -> Result<Status, CliError> {
 
 /// The first device, and its ceilings among the rows.
 pub(super) fn device(options: &Options, rows: &mut Vec<Row>) -> Result<Cuda, CliError> {
-    let cuda = Cuda::open(0, &CudaOptions::default()).map_err(failed)?;
+    let device = CudaOptions { kv_cache: options.kv_cache.of_cuda(), ..CudaOptions::default() };
+    let cuda = Cuda::open(0, &device).map_err(failed)?;
     rows.push(ceilings::measure(&cuda, options).map_err(failed)?);
     Ok(cuda)
 }

@@ -9,6 +9,7 @@ use serde_json::json;
 use super::Options;
 use super::cuda::{device, engine, engine_failed, plan, random_tokens, row};
 use super::report::{Row, median, rounded};
+use crate::backend::cuda::KvCacheType;
 use crate::cli::CliError;
 use crate::engine::{CudaEngine, Driver, EngineError, Job, Progress};
 use crate::generate::generator::Step;
@@ -26,7 +27,8 @@ pub(super) fn measure(options: &Options, rows: &mut Vec<Row>) -> Result<(), CliE
         for &strategy in &options.attention {
             let mut row = one(options, &engine, &plan(options, &engine, tokens, strategy)?)?;
             // A copy reads and writes; reading alone is as fast per byte that passes.
-            let floor = bytes_a_token(engine.spec(), tokens) / copy_gb_s / 1e6;
+            let cache = options.kv_cache.of_cuda();
+            let floor = bytes_a_token(engine.spec(), tokens, cache) / copy_gb_s / 1e6;
             row.insert("floor_ms".to_owned(), rounded(floor, 2));
             rows.push(row);
         }
@@ -51,10 +53,10 @@ fn one(options: &Options, engine: &CudaEngine, plan: &crate::plan::PrefillPlan) 
 }
 
 /// Weights, keys and values that one token reads.
-fn bytes_a_token(spec: &ModelSpec, tokens: usize) -> f64 {
+fn bytes_a_token(spec: &ModelSpec, tokens: usize, cache: KvCacheType) -> f64 {
     let layer = spec.hidden * (spec.shape.qkv_width() + spec.shape.q_width() + 3 * spec.intermediate);
-    let cache = 2 * spec.shape.kv_width() * tokens;
-    2.0 * (spec.layers * (layer + cache) + spec.vocab * spec.hidden) as f64
+    let kept = cache.bytes(2 * spec.shape.kv_width() * tokens, spec.shape.head_dim);
+    (spec.layers * (2 * layer + kept) + 2 * spec.vocab * spec.hidden) as f64
 }
 
 /// Takes the likeliest token so many times, and the time of each.

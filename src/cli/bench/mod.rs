@@ -64,6 +64,9 @@ struct Options {
     /// Hidden units of the retaining heads.
     #[arg(long, value_name = "N", default_value_t = 1024)]
     head_width: usize,
+    /// How keys and values are kept for decode.
+    #[arg(long, value_enum, default_value_t = super::device::KvCacheName::Native)]
+    kv_cache: super::device::KvCacheName,
     /// Query tokens.
     #[arg(long, value_name = "N", default_value_t = 64)]
     query: usize,

@@ -171,6 +171,7 @@ impl Daemon {
             let text = |path: &Path| path.display().to_string();
             options.program = vec![text(&own), "engine".to_owned(), "--model".to_owned(), text(model)];
             options.program.extend(["--backend".to_owned(), engine.backend.clone()]);
+            options.program.extend(["--kv-cache".to_owned(), engine.kv_cache.clone()]);
             options.program.extend(["--ranks".to_owned(), engine.ranks.to_string()]);
             if let Some(heads) = &engine.heads {
                 options.program.extend(["--heads".to_owned(), text(heads)]);

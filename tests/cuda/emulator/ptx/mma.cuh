@@ -29,14 +29,17 @@ inline float part(uint32_t pair, int i) { return bits_to_float(i ? pair & 0xffff
 
 inline uint32_t shared_address(const void* pointer) { return uint32_t(static_cast<const uint8_t*>(pointer) - emulator::block_shared); }
 
-inline void copy_async16(void* to, const void* from, bool valid) {
+template <int BYTES>
+void copy_async(void* to, const void* from, bool valid) {
     auto copy = [=] {
-        if (valid) std::memcpy(to, from, 16);
-        else std::memset(to, 0, 16);
+        if (valid) std::memcpy(to, from, BYTES);
+        else std::memset(to, 0, BYTES);
     };
     if (emulator::random_below(2)) copy();
     else emulator::copies().open.push_back(copy);
 }
+inline void copy_async16(void* to, const void* from, bool valid) { copy_async<16>(to, from, valid); }
+inline void copy_async4(void* to, const void* from, bool valid) { copy_async<4>(to, from, valid); }
 inline void copy_async_commit() {
     auto& mine = emulator::copies();
     mine.groups.push_back(std::move(mine.open));
