@@ -322,27 +322,20 @@ pub trait Backend: Send + Sync {
         head: &Self::Weight,
     ) -> Result<Vec<f32>, BackendError>;
 
-    /// The token with the highest of [`Backend::logits`], of equals the lowest; what greedy choice needs of them, without bringing them to the host.
-    /// `None` if one of the logits is not finite.
-    fn best_token(
+    /// A token by [`Backend::logits`], without bringing those to the host. `choice` is temperature, nucleus and draw: with temperature 0 the highest logit,
+    /// of equals the lowest token. Otherwise weights are e^(logit / temperature); the nucleus are the most probable tokens, as few as hold that share of all
+    /// weights, and all that equal the last of them; in the order of the tokens, the first at which the sum of the weights exceeds the draw (in 0..1) times
+    /// that of the nucleus. `None` if one of the logits is not finite, or if this backend leaves the choice to its caller.
+    fn choose_token(
         &self,
-        x: &Self::Matrix,
-        row: usize,
-        norm: &Self::Weight,
-        epsilon: f32,
-        head: &Self::Weight,
+        _x: &Self::Matrix,
+        _row: usize,
+        _norm: &Self::Weight,
+        _epsilon: f32,
+        _head: &Self::Weight,
+        _choice: (f32, f32, f32),
     ) -> Result<Option<u32>, BackendError> {
-        let logits = self.logits(x, row, norm, epsilon, head)?;
-        if logits.iter().any(|logit| !logit.is_finite()) {
-            return Ok(None);
-        }
-        let mut best = 0;
-        for (token, logit) in logits.iter().enumerate() {
-            if *logit > logits[best] {
-                best = token;
-            }
-        }
-        Ok(Some(best as u32))
+        Ok(None)
     }
 
     /// Called between layers. A device that runs behind the host lets it get ahead by a few calls at most, so that a caller who

@@ -8,6 +8,7 @@
 use crate::backend::Backend;
 use crate::comm::Comm;
 use crate::generate::generator::Step;
+use crate::generate::sampler::Choice;
 
 use super::decode::Decoder;
 use super::rank::{ROOT, Rank, RankError};
@@ -19,13 +20,13 @@ pub trait Driver: Send {
     fn progress(&mut self, progress: Progress) -> bool;
     /// What follows from the logits of the last token, `[vocab]`.
     fn next(&mut self, logits: &mut [f32]) -> Result<Step, EngineError>;
-    /// Whether [`Driver::take`] will do for the next token: the likeliest one is wanted, and nothing else of the logits.
-    fn is_greedy(&self) -> bool {
-        false
+    /// How the next token is chosen, if nothing but the logits decides on it: a device may then choose it, and [`Driver::take`] is asked.
+    fn choice(&mut self) -> Option<Choice> {
+        None
     }
-    /// What follows from the likeliest token; asked instead of [`Driver::next`] while the driver is greedy.
-    fn take(&mut self, best: u32) -> Result<Step, EngineError> {
-        Ok(Step::Continue(best))
+    /// What follows from a token that was chosen by [`Driver::choice`]; asked instead of [`Driver::next`].
+    fn take(&mut self, chosen: u32) -> Result<Step, EngineError> {
+        Ok(Step::Continue(chosen))
     }
 }
 
@@ -87,10 +88,13 @@ impl<'a> Control<'a> {
         decoder: &Decoder<'_, '_, B, C>,
     ) -> Result<Step, RankError> {
         let Some(driver) = &mut self.driver else { return Ok(Step::Stop) };
-        let best = if driver.is_greedy() { decoder.best_token()? } else { None };
-        let step = match best {
+        let chosen = match driver.choice() {
+            Some(choice) => decoder.choose(&choice)?,
+            None => None,
+        };
+        let step = match chosen {
             Some(token) => driver.take(token)?,
-            // Not greedy, or something is wrong with the logits: the driver says what.
+            // More than the logits decides, the device does not choose, or something is wrong with the logits: the driver says what.
             None => driver.next(&mut decoder.logits()?)?,
         };
         if let Step::Continue(_) = step {

@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use crate::backend::{AttentionTask, Backend, Mask, Segment};
 use crate::comm::Comm;
+use crate::generate::sampler::Choice;
 use crate::plan::{PrefillPlan, QUERY_CHUNK};
 
 use super::kv::{KeyValues, KvCache};
@@ -76,11 +77,13 @@ impl<'r, 'a, B: Backend, C: Comm<B::Matrix, B::Scores>> Decoder<'r, 'a, B, C> {
         Ok(rank.backend.logits(x, self.last_row, &rank.weights.final_norm, rank.spec.epsilon, head)?)
     }
 
-    /// The likeliest token after the last one that was appended; `None` if its logits are not finite.
-    pub fn best_token(&self) -> Result<Option<u32>, RankError> {
+    /// The token after the last one that was appended, if the device chooses; `None` also if its logits are not finite.
+    pub fn choose(&self, choice: &Choice) -> Result<Option<u32>, RankError> {
         let (rank, x) = (self.rank, &self.activations.x);
         let head = rank.weights.language_model_head();
-        Ok(rank.backend.best_token(x, self.last_row, &rank.weights.final_norm, rank.spec.epsilon, head)?)
+        let Choice { temperature, top_p, draw } = *choice;
+        let (norm, epsilon) = (&rank.weights.final_norm, rank.spec.epsilon);
+        Ok(rank.backend.choose_token(x, self.last_row, norm, epsilon, head, (temperature, top_p, draw))?)
     }
 
     fn pass(&mut self, tokens: &[u32]) -> Result<(), RankError> {

@@ -6,6 +6,7 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::generate::constraint::ConstraintError;
 use crate::generate::generator::{GenerateError, Generator, Step};
+use crate::generate::sampler::Choice;
 use crate::generate::vocabulary::Vocabulary;
 use crate::model::ModelSpec;
 use crate::plan::{AttentionRequest, Capabilities, Footprint, PrefillPlan};
@@ -191,12 +192,12 @@ impl Driver for Inference<'_> {
         self.generator.next(logits).map_err(step_error)
     }
 
-    fn is_greedy(&self) -> bool {
-        self.generator.is_greedy()
+    fn choice(&mut self) -> Option<Choice> {
+        self.generator.choice()
     }
 
-    fn take(&mut self, best: u32) -> Result<Step, EngineError> {
-        self.generator.take(best).map_err(step_error)
+    fn take(&mut self, chosen: u32) -> Result<Step, EngineError> {
+        self.generator.take(chosen).map_err(step_error)
     }
 }
 

@@ -3,7 +3,7 @@
 //! Invariant: every token that is kept was allowed by the constraint and has been committed to it.
 
 use super::constraint::{ConstraintError, TokenConstraint};
-use super::sampler::Sampler;
+use super::sampler::{Choice, Sampler};
 use super::stop::{Decode, StopStrings};
 use super::{GenerationOptions, StopReason};
 
@@ -94,17 +94,17 @@ impl<'a> Generator<'a> {
         self.follow(token)
     }
 
-    /// Whether the likeliest token is all that is wanted of the logits, so that [`Generator::take`] will do.
-    pub fn is_greedy(&self) -> bool {
-        self.constraint.is_none() && self.sampler.is_greedy()
+    /// What the next token is chosen by, if nothing but the logits decides on it: then [`Generator::take`] will do.
+    pub fn choice(&mut self) -> Option<Choice> {
+        self.constraint.is_none().then(|| self.sampler.choice())
     }
 
-    /// As [`Generator::next`], where somebody else has found the likeliest token, of finite logits.
-    pub fn take(&mut self, best: u32) -> Result<Step, GenerateError> {
+    /// As [`Generator::next`], where somebody else has chosen by [`Generator::choice`], from finite logits.
+    pub fn take(&mut self, chosen: u32) -> Result<Step, GenerateError> {
         if self.tokens.len() >= self.at_most {
             return Ok(self.end(StopReason::Length));
         }
-        self.follow(best)
+        self.follow(chosen)
     }
 
     fn follow(&mut self, token: u32) -> Result<Step, GenerateError> {
@@ -196,13 +196,16 @@ mod tests {
     fn the_likeliest_token_is_as_good_as_its_logits() {
         let options = options(9, &["bc"]);
         let mut generator = Generator::new(&options, &[25], None, &letters);
-        assert!(generator.is_greedy());
+        let greedy = generator.choice().unwrap();
+        assert_eq!(greedy.temperature, 0.0);
         let steps = [0, 1, 2].map(|token| generator.take(token).unwrap());
         assert_eq!(steps, [Step::Continue(0), Step::Continue(1), Step::Stop]);
         assert_eq!(generator.finish(), generate(&[0, 1, 2], &options, None));
-        assert!(!Generator::new(&options, &[], Some(Box::new(AThenB(0))), &letters).is_greedy());
+        assert_eq!(Generator::new(&options, &[], Some(Box::new(AThenB(0))), &letters).choice(), None);
         let warm = GenerationOptions { temperature: 0.5, ..options.clone() };
-        assert!(!Generator::new(&warm, &[], None, &letters).is_greedy());
+        let mut generator = Generator::new(&warm, &[], None, &letters);
+        let draws = [0, 1].map(|_| generator.choice().unwrap().draw);
+        assert!(draws[0] != draws[1] && draws.iter().all(|draw| (0.0..1.0).contains(draw)));
     }
 
     #[test]

@@ -25,15 +25,39 @@ impl Sampler {
         self.temperature <= 0.0
     }
 
+    /// What the next token is chosen by, where somebody else has the logits; takes the next number of the draw.
+    pub fn choice(&mut self) -> Choice {
+        let draw = if self.is_greedy() { 0.0 } else { self.random.random() };
+        Choice { temperature: self.temperature, top_p: self.top_p, draw }
+    }
+
     /// Chooses from `logits`; forbidden tokens are negative infinity. `None` if every token is forbidden.
     pub fn choose(&mut self, logits: &[f32]) -> Option<u32> {
+        self.choice().of(logits)
+    }
+}
+
+/// How one token is chosen.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Choice {
+    /// 0: the likeliest token.
+    pub temperature: f32,
+    /// Share of the probability that the nucleus holds at least.
+    pub top_p: f32,
+    /// Where in the nucleus, in the order of the ids; in 0..1.
+    pub draw: f32,
+}
+
+impl Choice {
+    /// The token; `None` if every one is forbidden.
+    pub fn of(&self, logits: &[f32]) -> Option<u32> {
         let best = argmax(logits)?;
-        if self.is_greedy() {
+        if self.temperature <= 0.0 {
             return Some(best);
         }
         let nucleus = nucleus(logits, logits[best as usize], self.temperature, self.top_p);
         let total: f64 = nucleus.iter().map(|(_, weight)| weight).sum();
-        let mut left = self.random.random::<f64>() * total;
+        let mut left = f64::from(self.draw) * total;
         for &(token, weight) in &nucleus {
             left -= weight;
             if left < 0.0 {
@@ -56,28 +80,25 @@ pub fn argmax(logits: &[f32]) -> Option<u32> {
     best.map(|(token, _)| token)
 }
 
-/// The smallest set of most probable tokens that holds `top_p` of the probability, with unnormalised weights, best first.
+/// The most probable tokens, as few as hold `top_p` of the probability, and all that are as probable as the last of them; with unnormalised weights,
+/// in the order of their ids.
 fn nucleus(logits: &[f32], highest: f32, temperature: f32, top_p: f32) -> Vec<(u32, f64)> {
     let weight = |logit: f32| (f64::from(logit - highest) / f64::from(temperature)).exp();
-    let mut tokens: Vec<(u32, f64)> = logits
-        .iter()
-        .enumerate()
-        .filter(|(_, logit)| logit.is_finite())
-        .map(|(token, &logit)| (token as u32, weight(logit)))
-        .collect();
+    let finite = logits.iter().enumerate().filter(|(_, logit)| logit.is_finite());
+    let mut tokens: Vec<(u32, f64)> = finite.map(|(token, &logit)| (token as u32, weight(logit))).collect();
     if top_p >= 1.0 {
         return tokens;
     }
-    tokens.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
-    let enough = tokens.iter().map(|(_, weight)| weight).sum::<f64>() * f64::from(top_p);
+    let mut weights: Vec<f64> = tokens.iter().map(|(_, weight)| *weight).collect();
+    weights.sort_by(|a, b| b.total_cmp(a));
+    let enough = weights.iter().sum::<f64>() * f64::from(top_p);
     let mut held = 0.0;
-    let wanted = |(_, weight): &&(u32, f64)| {
-        let wanted = held < enough;
-        held += weight;
-        wanted
-    };
-    let kept = tokens.iter().take_while(wanted).count();
-    tokens.truncate(kept.max(1));
+    let last = weights.iter().find(|weight| {
+        held += **weight;
+        held >= enough
+    });
+    let least = last.copied().unwrap_or(0.0);
+    tokens.retain(|(_, weight)| *weight >= least);
     tokens
 }
 
@@ -120,7 +141,13 @@ mod tests {
         assert_eq!(kept(0.05), [1]);
         assert_eq!(kept(0.41), [1, 2]);
         assert_eq!(kept(0.89), [1, 2, 3]);
-        assert_eq!(kept(0.95), [1, 2, 3, 0]);
+        assert_eq!(kept(0.95), [0, 1, 2, 3]);
+    }
+
+    #[test]
+    fn tokens_as_probable_as_the_last_belong_to_the_nucleus() {
+        let kept = nucleus(&[0.0, 1.0, 1.0, 1.0], 1.0, 1.0, 0.5);
+        assert_eq!(kept.iter().map(|(token, _)| *token).collect::<Vec<_>>(), [1, 2, 3]);
     }
 
     #[test]

@@ -14,7 +14,8 @@ pub const TESTS: &[Test] = &[
     ("rope_rotates_and_stores", rope),
     ("copied_rows_are_the_same", copies),
     ("logits_of_one_row", logits),
-    ("best_token_is_the_first_of_the_highest", best_token),
+    ("the_likeliest_token_is_the_first_of_the_highest", likeliest),
+    ("draws_hit_every_token_of_the_nucleus_and_no_other", draws),
 ];
 
 fn embedding(cuda: &Cuda) {
@@ -160,7 +161,9 @@ fn logits(cuda: &Cuda) {
     judge("logits", &got, |steps| product(&normed, &head, steps), 1e-4);
 }
 
-fn best_token(cuda: &Cuda) {
+const LIKELIEST: (f32, f32, f32) = (0.0, 1.0, 0.0);
+
+fn likeliest(cuda: &Cuda) {
     let cols = 64;
     let unit = |at: usize| Values::from_fn(1, cols, |_, j| if j == at { 1.0 } else { 0.0 });
     let (x, norm) = (unit(0).matrix(cuda), Values::from_fn(1, cols, |_, _| 1.0).weight(cuda));
@@ -173,11 +176,59 @@ fn best_token(cuda: &Cuda) {
             let logits = cuda.logits(&x, 0, &norm, 1e-6, &weight).unwrap();
             let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
             let expected = logits.iter().position(|logit| *logit == highest).unwrap();
-            assert_eq!(cuda.best_token(&x, 0, &norm, 1e-6, &weight).unwrap(), Some(expected as u32), "{vocab} tokens");
+            let chosen = cuda.choose_token(&x, 0, &norm, 1e-6, &weight, LIKELIEST).unwrap();
+            assert_eq!(chosen, Some(expected as u32), "{vocab} tokens");
         }
     }
     // A norm that overflows makes logits that are not finite.
     let huge = Values::from_fn(1, cols, |_, _| 3e38).weight(cuda);
     let head = Values::from_fn(9, cols, |i, _| if i == 4 { 3e38 } else { 1e-38 }).weight(cuda);
-    assert_eq!(cuda.best_token(&x, 0, &huge, 1e-6, &head).unwrap(), None);
+    for choice in [LIKELIEST, (0.7, 0.9, 0.5)] {
+        assert_eq!(cuda.choose_token(&x, 0, &huge, 1e-6, &head, choice).unwrap(), None);
+    }
+}
+
+fn draws(cuda: &Cuda) {
+    let cols = 64;
+    let x = Values::from_fn(1, cols, |_, j| if j == 0 { 1.0 } else { 0.0 }).matrix(cuda);
+    let norm = Values::from_fn(1, cols, |_, _| 1.0).weight(cuda);
+    for (vocab, temperature, top_p) in
+        [(1, 1.0, 0.5), (40, 1.0, 1.0), (40, 4.0, 0.61), (3000, 0.6, 0.9), (3000, 0.1, 0.3)]
+    {
+        let random = Values::random(vocab as u64, vocab, cols, 1.0);
+        // Some logits are equal.
+        let head = Values::from_fn(vocab, cols, |i, j| (random.at(i, j) * 16.0).round() / 8.0).weight(cuda);
+        let logits = cuda.logits(&x, 0, &norm, 1e-6, &head).unwrap();
+        let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let weights: Vec<f64> =
+            logits.iter().map(|logit| (f64::from(logit - highest) / f64::from(temperature)).exp()).collect();
+        let mut sorted = weights.clone();
+        sorted.sort_by(|a, b| b.total_cmp(a));
+        let mut held = 0.0;
+        let enough = weights.iter().sum::<f64>() * f64::from(top_p);
+        let least = *sorted
+            .iter()
+            .find(|weight| {
+                held += **weight;
+                held >= enough * (1.0 - 1e-9)
+            })
+            .unwrap();
+        let nucleus = |weight: f64| if weight >= least { weight } else { 0.0 };
+        let total: f64 = weights.iter().map(|weight| nucleus(*weight)).sum();
+        // Every few tokens, the middle of its share, if that is wide enough for sums in f32.
+        let wide = |weight: &f64| nucleus(*weight) / total > 1e-4;
+        let step = weights.iter().filter(|weight| wide(weight)).count().div_ceil(5);
+        let (mut before, mut seen) = (0.0, 0);
+        for (token, weight) in weights.iter().enumerate() {
+            if wide(weight) {
+                if seen % step == 0 {
+                    let choice = (temperature, top_p, ((before + weight / 2.0) / total) as f32);
+                    let chosen = cuda.choose_token(&x, 0, &norm, 1e-6, &head, choice).unwrap();
+                    assert_eq!(chosen, Some(token as u32), "{vocab} tokens, {choice:?}");
+                }
+                seen += 1;
+            }
+            before += nucleus(*weight);
+        }
+    }
 }

@@ -268,27 +268,30 @@ impl Cuda {
         self.read_scores(&logits)
     }
 
-    pub(super) fn run_best_token(
+    pub(super) fn run_choose_token(
         &self,
-        x: &CudaMatrix,
-        row: usize,
-        norm: &CudaWeight,
-        epsilon: f32,
-        head: &CudaWeight,
+        logits: &CudaScores,
+        (temperature, top_p, draw): (f32, f32, f32),
     ) -> Result<Option<u32>, BackendError> {
-        let op = "best_token";
-        let logits = self.device_logits(x, row, norm, epsilon, head)?;
-        let best = self.arena.take(op, 8)?;
-        let (from, count, to) = (logits.row(0), head.rows as i32, best.address());
-        // SAFETY: (1) parameters as in argmax.cu; (2) pieces stay allocated in stream order.
-        unsafe { self.stream.launch(&self.functions.argmax, (1, 1, 1), 1024, parameters![from, count, to]) }?;
+        let op = "choose_token";
+        let chosen = self.arena.take(op, 8)?;
+        let (from, count, to) = (logits.row(0), logits.cols as i32, chosen.address());
+        if temperature <= 0.0 {
+            // SAFETY: (1) parameters as in choose.cu; (2) pieces stay allocated in stream order.
+            unsafe { self.stream.launch(&self.functions.argmax, (1, 1, 1), 1024, parameters![from, count, to]) }?;
+        } else {
+            let sharpness = std::f32::consts::LOG2_E / temperature;
+            let parameters = parameters![from, count, sharpness, top_p, draw, to];
+            // SAFETY: (1), (2) as above.
+            unsafe { self.stream.launch(&self.functions.draw_token, (1, 1, 1), 1024, parameters) }?;
+        }
         let mut found = [0u32; 2];
         // SAFETY: (1) the piece has 8 bytes.
-        unsafe { self.stream.download(op, best.address(), bytemuck::cast_slice_mut(&mut found)) }?;
+        unsafe { self.stream.download(op, chosen.address(), bytemuck::cast_slice_mut(&mut found)) }?;
         Ok((found[1] == u32::MAX).then_some(found[0]))
     }
 
-    fn device_logits(
+    pub(super) fn device_logits(
         &self,
         x: &CudaMatrix,
         row: usize,

@@ -373,16 +373,18 @@ impl Backend for Cuda {
         self.run_logits(x, row, norm, epsilon, head)
     }
 
-    fn best_token(
+    fn choose_token(
         &self,
         x: &CudaMatrix,
         row: usize,
         norm: &CudaWeight,
         epsilon: f32,
         head: &CudaWeight,
+        choice: (f32, f32, f32),
     ) -> Result<Option<u32>, BackendError> {
-        self.mark("best_token")?;
-        self.run_best_token(x, row, norm, epsilon, head)
+        self.mark("choose_token")?;
+        let logits = self.device_logits(x, row, norm, epsilon, head)?;
+        self.run_choose_token(&logits, choice)
     }
 
     fn pace(&self) -> Result<(), BackendError> {

@@ -14,6 +14,7 @@ const CUBINS: &[(&str, &str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/cubin
 /// Kernels of decode, which are short and many: each may begin while the one before ends. All of them wait for earlier grids first.
 const OVERLAPPING: &[&str] = &[
     "argmax",
+    "draw_token",
     "attention_combine",
     "attention_decode_128",
     "attention_decode_64",
@@ -114,7 +115,8 @@ functions! {
     query_scores in "query_aware";
     top_k in "top_k";
     gather_kv in "gather_kv";
-    argmax in "argmax";
+    argmax in "choose";
+    draw_token in "choose";
     merge in "merge";
     merge_stacked in "merge_stacked";
 }

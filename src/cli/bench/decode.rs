@@ -13,7 +13,7 @@ use crate::backend::cuda::KvCacheType;
 use crate::cli::CliError;
 use crate::engine::{CudaEngine, Driver, EngineError, Job, Progress};
 use crate::generate::generator::Step;
-use crate::generate::sampler::argmax;
+use crate::generate::sampler::{Choice, argmax};
 use crate::model::ModelSpec;
 
 /// Tokens whose times do not count.
@@ -75,8 +75,8 @@ impl Driver for Steps {
         self.take(token)
     }
 
-    fn is_greedy(&self) -> bool {
-        true
+    fn choice(&mut self) -> Option<Choice> {
+        Some(Choice { temperature: 0.0, top_p: 1.0, draw: 0.0 })
     }
 
     fn take(&mut self, token: u32) -> Result<Step, EngineError> {
