@@ -1,7 +1,7 @@
 // FP8 (e4m3) as codes of a byte: sign, four bits of exponent (bias 7), three of mantissa; at most 448, no infinity.
 //
-// A code moved to the place of a float's sign, exponent and mantissa is the value times 2^-120, denormals included, so that decoding is a shift
-// and one product. Invariant: `factor` is the scale times 2^120 everywhere.
+// A code moved to the place of a bf16's sign, exponent and mantissa is the value times 2^-120, denormals included, so that two are decoded by moving bits
+// and one product. Invariant: a factor is the scale times 2^120, and a bf16 (its lower half is 0).
 #pragma once
 
 #include <device.cuh>
@@ -20,7 +20,12 @@ DEVICE uint32_t to_fp8(float value) {
     return sign | ((rounded >> 20) - (120u << 3));
 }
 
-DEVICE float from_fp8(uint32_t code, float factor) { return bits_to_float((code & 0x80u) << 24 | (code & 0x7fu) << 20) * factor; }
+// The least factor for elements of up to this size: scale = size / 448, rounded up; at most 2^127, where elements of more than 57,344 are clipped.
+DEVICE float fp8_factor(float largest) {
+    if (largest == 0.f) return FP8_FACTOR;
+    const uint32_t up = (float_to_bits(largest / FP8_LARGEST) + 0xffffu) & 0xffff0000u;
+    return fminf(bits_to_float(up), 128.f) * FP8_FACTOR;
+}
 
 // Four codes, the first in the lowest byte.
 struct alignas(16) Codes16 {
@@ -29,11 +34,13 @@ struct alignas(16) Codes16 {
 
 // Eight of 16 codes, as bf16: the first or the second half.
 DEVICE Vec8 decode8(const Codes16& codes, int half, float factor) {
+    const uint32_t factors = pack_bf16(factor, factor);
     Vec8 vec;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const uint32_t two = codes.four[2 * half + i / 2] >> (i % 2 * 16);
-        vec.pair[i] = pack_bf16(from_fp8(two & 0xffu, factor), from_fp8(two >> 8 & 0xffu, factor));
+        const uint32_t four = codes.four[2 * half + i / 2];
+        const uint32_t apart = i % 2 == 0 ? spread_bytes<0x1404>(four) : spread_bytes<0x3424>(four);  // a code in the upper byte of each half
+        vec.pair[i] = multiply_bf16x2((apart & 0x80008000u) | (apart & 0x7f007f00u) >> 4, factors);
     }
     return vec;
 }

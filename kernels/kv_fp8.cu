@@ -1,6 +1,6 @@
-// Keys and values kept in FP8 (e4m3), a scale for every row and KV head: scale = largest size / 448, at most 127 (larger elements are clipped then).
+// Keys and values kept in FP8 (e4m3), a scale for every row and KV head, see fp8.cuh.
 //
-//   keep_fp8     codes [rows, kv_heads * head_dim], factors [kv_heads, capacity] (scale * 2^120) of rows of bf16, `stride` elements apart
+//   keep_fp8     codes [rows, kv_heads * head_dim], factors [kv_heads, capacity] of rows of bf16, `stride` elements apart
 //   restore_fp8  the rows again, in bf16
 // head_dim a multiple of 16, at most 128. keep_fp8: grid (row and head pairs / 8, keys alone or keys and values), one warp a pair.
 #include <fp8.cuh>
@@ -32,14 +32,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) keep_fp8(
     for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, shuffle_xor(largest, step));
     // What is not finite must not be hidden by its code: the factor carries it on.
     const bool broken = warp_any(!(value[0] * 0.f + value[1] * 0.f + value[2] * 0.f + value[3] * 0.f == 0.f));
-    const float scale = largest > 0.f ? fminf(largest / FP8_LARGEST, 127.f) : 1.f;
+    const float factor = fp8_factor(largest), scale = factor / FP8_FACTOR;
     if (at < head_dim) {
         uint32_t codes = 0;
 #pragma unroll
         for (int i = 0; i < 4; ++i) codes |= to_fp8(value[i] / scale) << (8 * i);
         *reinterpret_cast<uint32_t*>(kept.codes + (size_t(first_row + row) * kv_heads + head) * head_dim + at) = codes;
     }
-    if (at == 0) kept.factors[size_t(head) * capacity + first_row + row] = broken ? NAN : scale * FP8_FACTOR;
+    if (at == 0) kept.factors[size_t(head) * capacity + first_row + row] = broken ? NAN : factor;
 }
 
 extern "C" __global__ void restore_fp8(const uint8_t* codes, const float* factors, int rows, int kv_heads, int head_dim, int capacity, bf16* to) {

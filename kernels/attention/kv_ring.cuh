@@ -32,7 +32,7 @@ struct PlainRing {
 template <int HD, int KEYS>
 struct Fp8Ring {
     using From = Fp8Sources;
-    static constexpr int STAGES = 3;
+    static constexpr int STAGES = 2;
     static constexpr int RAW = KEYS * HD;  // bytes of a tile's codes
     static constexpr int STAGE = 2 * (RAW + KEYS * 4);
     static constexpr int BYTES = STAGES * STAGE + RAW * 2;

@@ -19,6 +19,18 @@ DEVICE uint32_t pack_bf16(float low, float high) {
     return pair;
 }
 
+// Products of two pairs of bf16, rounded to nearest even, denormals kept.
+DEVICE uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
+    uint32_t product;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u));
+    return product;
+}
+// Bytes by the hexadecimal digits of SELECTOR, the last one first: 0 to 3 of `bytes`, 4 to 7 are 0.
+template <uint32_t SELECTOR>
+DEVICE uint32_t spread_bytes(uint32_t bytes) {
+    return __byte_perm(bytes, 0, SELECTOR);
+}
+
 // IEEE half to float, from its bits.
 DEVICE float half_to_float(uint16_t bits) {
     float value;

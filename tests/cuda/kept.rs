@@ -43,7 +43,9 @@ fn kept(values: &Values, head_dim: usize) -> Values {
     let mut kept = Values::from_fn(values.rows, values.cols, |_, _| 0.0);
     for (from, to) in values.data.chunks(head_dim).zip(kept.data.chunks_mut(head_dim)) {
         let largest = from.iter().fold(0f32, |largest, value| largest.max(value.abs() as f32));
-        let scale = if largest > 0.0 { largest / 448.0 } else { 1.0 };
+        // A scale that bf16 has, and no smaller.
+        let scale = f32::from_bits(((largest / 448.0).to_bits() + 0xffff) & 0xffff_0000);
+        let scale = if largest > 0.0 { scale } else { 1.0 };
         for (from, to) in from.iter().zip(to) {
             *to = f64::from(bf16::from_f32(nearest(&all, *from as f32 / scale) * scale).to_f32());
         }

@@ -41,6 +41,19 @@ inline uint32_t round_bf16(float value) {
 }
 inline uint32_t pack_bf16(float low, float high) { return round_bf16(low) | round_bf16(high) << 16; }
 
+inline uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
+    return pack_bf16(bits_to_float(a << 16) * bits_to_float(b << 16), bits_to_float(a & 0xffff0000u) * bits_to_float(b & 0xffff0000u));
+}
+template <uint32_t SELECTOR>
+uint32_t spread_bytes(uint32_t bytes) {
+    uint32_t spread = 0;
+    for (int i = 0; i < 4; ++i) {
+        const uint32_t from = SELECTOR >> (4 * i) & 7;
+        if (from < 4) spread |= (bytes >> (8 * from) & 0xff) << (8 * i);
+    }
+    return spread;
+}
+
 inline float half_to_float(uint16_t bits) {
     const int exponent = bits >> 10 & 31, fraction = bits & 1023;
     const float sign = bits >> 15 ? -1.f : 1.f;
