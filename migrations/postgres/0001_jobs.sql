@@ -109,6 +109,7 @@ CREATE TABLE outbox (
 
 CREATE INDEX outbox_to_send ON outbox (available_at) WHERE given_up IS NULL;
 
+-- The same bytes under another message id are another message.
 CREATE TABLE rejections (
     door         text NOT NULL,
     origin       text NOT NULL,
@@ -118,9 +119,9 @@ CREATE TABLE rejections (
     code         text NOT NULL,
     reason       text NOT NULL,
     size_bytes   bigint NOT NULL,
-    rejected_at  timestamptz NOT NULL,
-    PRIMARY KEY (door, origin, digest)
+    rejected_at  timestamptz NOT NULL
 );
+CREATE UNIQUE INDEX rejections_once ON rejections (door, origin, digest, coalesce(message_id, ''));
 
 -- What drop folders have seen: one row a file, of the version that is there now. The truth about what was taken is in `jobs` and `rejections`;
 -- a row that is lost is made again by the next look.

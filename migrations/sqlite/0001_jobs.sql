@@ -102,6 +102,7 @@ CREATE TABLE outbox (
 
 CREATE INDEX outbox_to_send ON outbox (available_at) WHERE given_up IS NULL;
 
+-- The same bytes under another message id are another message.
 CREATE TABLE rejections (
     door         TEXT NOT NULL,
     origin       TEXT NOT NULL,
@@ -111,9 +112,9 @@ CREATE TABLE rejections (
     code         TEXT NOT NULL,
     reason       TEXT NOT NULL,
     size_bytes   INTEGER NOT NULL,
-    rejected_at  INTEGER NOT NULL,
-    PRIMARY KEY (door, origin, digest)
+    rejected_at  INTEGER NOT NULL
 ) STRICT;
+CREATE UNIQUE INDEX rejections_once ON rejections (door, origin, digest, coalesce(message_id, ''));
 
 -- What drop folders have seen: one row a file, of the version that is there now. The truth about what was taken is in `jobs` and `rejections`;
 -- a row that is lost is made again by the next look.

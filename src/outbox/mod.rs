@@ -7,7 +7,9 @@ pub mod results;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::stream::{self, StreamExt};
 use tracing::warn;
+use uuid::Uuid;
 
 use crate::failpoint;
 use crate::intake::amqp::{AmqpError, Broker, Message, PublishError, Publisher};
@@ -18,8 +20,10 @@ use crate::telemetry::metrics;
 
 /// Events taken at once.
 const BATCH: u32 = 100;
-/// How long taken events stay hidden from other daemons: more than a batch needs.
-const LEASE: Duration = Duration::from_secs(120);
+/// Events sent before the first of them is confirmed.
+const SENT_AT_ONCE: usize = 32;
+/// How long taken events stay hidden from other daemons: as long as a broker may take to confirm them.
+const LEASE: Duration = Duration::from_secs(30);
 /// Tries for a target that does not take it before the event is given up (and kept for people).
 const TRIES: u32 = 10;
 /// Waits between tries for such a target.
@@ -98,13 +102,28 @@ impl Dispatcher {
                 None => slot.insert(Publisher::connect(&self.broker, &self.health).await?),
             };
             failpoint::reach("outbox.taken");
-            for event in &events {
-                self.send(publisher, event).await?;
+            let publisher = &*publisher;
+            let sends: Vec<_> = events.iter().map(|event| self.send(publisher, event)).collect();
+            let mut sending = stream::iter(sends).buffer_unordered(SENT_AT_ONCE);
+            let (mut sent, mut broken) = (Vec::new(), None);
+            while let (None, Some(result)) = (&broken, sending.next().await) {
+                match result {
+                    Ok(id) => sent.extend(id),
+                    Err(error) => broken = Some(error),
+                }
+            }
+            // What the broker has is confirmed, whatever became of the others.
+            self.store.outbox_confirm(&sent).await?;
+            failpoint::reach("outbox.confirmed");
+            metrics::EVENTS.add(&["sent"], sent.len() as u64);
+            if let Some(error) = broken {
+                return Err(error);
             }
         }
     }
 
-    async fn send(&self, publisher: &Publisher, event: &OutboxEvent) -> Result<(), Broken> {
+    /// Sends an event; its id if the broker has it, none if its target would not take it.
+    async fn send(&self, publisher: &Publisher, event: &OutboxEvent) -> Result<Option<Uuid>, Broken> {
         let body = event.body.to_string();
         let message = Message {
             exchange: "",
@@ -118,10 +137,7 @@ impl Dispatcher {
         let reason = match publisher.publish(&message).await {
             Ok(()) => {
                 failpoint::reach("outbox.sent");
-                self.store.outbox_confirm(&[event.event_id]).await?;
-                failpoint::reach("outbox.confirmed");
-                metrics::EVENTS.add(&["sent"], 1);
-                return Ok(());
+                return Ok(Some(event.event_id));
             }
             Err(PublishError::Broken(error)) => return Err(error.into()),
             Err(refused) => refused.to_string(),
@@ -130,6 +146,6 @@ impl Dispatcher {
         warn!(event.id = %event.event_id, event.target = event.reply.target, error.message = reason, event.tries, "a completion event was not taken");
         metrics::EVENTS.add(&[if after.is_some() { "returned" } else { "given_up" }], 1);
         self.store.outbox_return(event.event_id, &reason, after).await?;
-        Ok(())
+        Ok(None)
     }
 }

@@ -57,7 +57,7 @@ pub trait Store: DropStore + ExportStore {
     /// Takes jobs in, all in one transaction; one answer a job, in order. Repeating it is a no-op.
     async fn enqueue(&self, jobs: &[NewJob]) -> Result<Vec<Enqueued>, StoreError>;
 
-    /// Leaves a row for a message or object that is no job. A repetition (same door, source and digest) adds none.
+    /// Leaves a row for a message or object that is no job. A repetition (same door, source, message id and digest) adds none.
     async fn reject(&self, rejection: &Rejection) -> Result<(), StoreError>;
 
     /// Gives `request.worker` up to `request.limit` jobs: the highest priority first, then the nearest deadline, then the

@@ -34,7 +34,7 @@ const PLACES: [&str; 18] = [
     "outbox.taken",
     "publish.unconfirmed:8",
     "outbox.sent:11",
-    "outbox.confirmed:5",
+    "outbox.confirmed:2",
 ];
 
 /// What SQL says about the site's database.
@@ -199,7 +199,7 @@ async fn sigterm_lets_end_what_can_end_within_the_grace() {
     daemon.ready().await;
     let (publisher, store) = (site.publisher().await, site.store().await);
     let job = JobId::random();
-    site.send_raw(&publisher, job, &site.lasting(8), None).await;
+    site.send_raw(&publisher, job, &site.lasting(18), None).await;
     until("it runs", || is_running(&*store, job)).await;
     daemon.signal("TERM");
     assert_eq!(daemon.ended(SOON), Some(0));
@@ -244,7 +244,7 @@ async fn sigterm_ends_a_daemon_whose_database_is_gone() {
     site.send_raw(&publisher, job, &site.lasting(10), None).await;
     until("it runs", || is_running(&*store, job)).await;
     server.stop();
-    until("the result can not be written", || async { daemon.log().contains("store.operation=\"finish\"") }).await;
+    until("the result can not be written", || async { daemon.log().contains("\"store.operation\":\"finish\"") }).await;
     daemon.signal("TERM");
     assert_eq!(daemon.ended(SOON), Some(0));
     server.restart();

@@ -368,12 +368,14 @@ pub async fn a_rejection_is_written_once(fresh: Fresh) {
         digest: Digest::of_bytes(b"{"),
         size_bytes: 1,
     };
-    store.reject(&rejection).await.expect("written");
-    store.reject(&rejection).await.expect("written");
+    let same_bytes = Rejection { message_id: Some("other".to_owned()), ..rejection.clone() };
+    for rejection in [&rejection, &rejection, &same_bytes, &same_bytes] {
+        store.reject(rejection).await.expect("written");
+    }
     let failures = store.report(ReportView::Failures, 10).await.expect("reported");
     assert_eq!(failures.rows.len(), 1);
     let count = failures.columns.iter().position(|column| column == "count").expect("a count");
-    assert_eq!(failures.rows[0][count], 1);
+    assert_eq!(failures.rows[0][count], 2, "the same bytes under another id are another message");
 }
 
 pub async fn lists_and_reports_show_what_is_there(fresh: Fresh) {
