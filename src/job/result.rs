@@ -115,7 +115,7 @@ pub struct ResultFlags {
     pub output_truncated: bool,
     /// The output does not follow the job's schema.
     pub schema_failed: bool,
-    /// Control characters were removed from the job's text, a document or the output.
+    /// Control characters were removed from the job's text, a document or the output, or undecodable bytes of a document replaced.
     pub text_cleaned: bool,
 }
 

@@ -12,13 +12,13 @@ use crate::job::{Job, JobResult, ResultFlags, TokenCount};
 /// The result of `job`. `flags` are those known before the inference.
 pub(super) fn result(job: &Job, flags: ResultFlags, outcome: InferOutcome, engine: EngineInfo) -> JobResult {
     let text = clean(outcome.text.trim()).into_owned();
-    let extraction = job.schema.as_ref().and_then(|_| parse(&text));
+    let (extraction, escaped) = job.schema.as_ref().and_then(|_| parse(&text)).unzip();
     let follows = |schema: &Value| extraction.as_ref().is_some_and(|value| jsonschema::is_valid(schema, value));
     let flags = ResultFlags {
         approximate_attention: !outcome.plan.exact,
         output_truncated: outcome.stop == StopReason::Length,
         schema_failed: job.schema.as_ref().is_some_and(|schema| !follows(schema)),
-        text_cleaned: flags.text_cleaned || needs_cleaning(&outcome.text),
+        text_cleaned: flags.text_cleaned || needs_cleaning(&outcome.text) || escaped == Some(true),
         ..flags
     };
     JobResult {
@@ -35,9 +35,9 @@ pub(super) fn result(job: &Job, flags: ResultFlags, outcome: InferOutcome, engin
     }
 }
 
-fn parse(text: &str) -> Option<Value> {
+/// The output as JSON, and whether it had to be cleaned: escapes can bring back what is not in the text.
+fn parse(text: &str) -> Option<(Value, bool)> {
     let mut value = serde_json::from_str(text).ok()?;
-    // Escapes can bring back what is not in the text.
-    clean_json(&mut value);
-    Some(value)
+    let cleaned = clean_json(&mut value);
+    Some((value, cleaned))
 }

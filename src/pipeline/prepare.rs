@@ -124,7 +124,7 @@ fn tokenize(prompter: &Arc<Prompter>, document: &DocumentRef, fetched: &Fetched)
     let decoded = decode(&fetched.bytes, &name(&document.uri), content_type)
         .map_err(|error| JobError::new(code(&error), error.to_string()))?;
     let text = decoded.text.as_str();
-    let cleaned = needs_cleaning(text);
+    let cleaned = needs_cleaning(text) || decoded.replaced > 0;
     let text = clean(text);
     let decode = began.elapsed();
     let began = Instant::now();

@@ -2,6 +2,7 @@
 //!
 //! Invariant: a job is in the [`Holder`] from its claim until its [`Work`] is dropped, so that every held job gets a heartbeat.
 
+use std::future;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -57,14 +58,23 @@ impl Held {
         }
     }
 
-    /// Returns when the job is called off. One waiter at a time.
+    /// Returns when the job is called off, or its deadline has passed. One waiter at a time.
     pub async fn called_off(&self) -> Interrupt {
         loop {
-            match self.interrupted() {
-                Some(why) => return why,
-                None => self.told.notified().await,
+            if let Some(why) = self.interrupted() {
+                return why;
+            }
+            tokio::select! {
+                () = self.told.notified() => {}
+                () = self.due() => {}
             }
         }
+    }
+
+    /// Returns at the deadline; never if there is none.
+    async fn due(&self) {
+        let Some(deadline) = self.deadline else { return future::pending().await };
+        tokio::time::sleep((deadline - Utc::now()).to_std().unwrap_or_default()).await;
     }
 
     /// Why the job is to be dropped, if it is.

@@ -11,8 +11,8 @@ use serde_json::Value;
 use crate::job::clean::{clean, clean_json, needs_cleaning};
 use crate::job::retry::{FailureCounter, Failures, Verdict};
 use crate::job::{
-    Attempt, Digest, DocumentFacts, ErrorCode, Job, JobError, JobId, JobResult, Priority, Stage, StageTimes, Task,
-    TokenCount, WorkerId,
+    Attempt, Digest, Disposition, DocumentFacts, ErrorCode, Job, JobError, JobId, JobResult, Priority, Stage,
+    StageTimes, Task, TokenCount, WorkerId,
 };
 
 /// The way a job came in.
@@ -269,6 +269,10 @@ impl Ending {
             Self::Errored { verdict: Verdict::Retry { after, counter }, .. } => (*after, Some(*counter)),
             Self::Errored { verdict: Verdict::Requeue { after }, .. } => (*after, None),
             Self::Errored { verdict: Verdict::Quarantine, .. } => (Duration::ZERO, Some(FailureCounter::Suspect)),
+            // The last of the failures that are borne.
+            Self::Errored { verdict: Verdict::Fail, error } if error.disposition() == Disposition::RetryAfter => {
+                (Duration::ZERO, Some(FailureCounter::Infra))
+            }
             Self::Errored { .. } | Self::Succeeded(_) => (Duration::ZERO, None),
         }
     }

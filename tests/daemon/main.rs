@@ -4,6 +4,7 @@
 mod services;
 
 mod drops;
+mod errors;
 mod harness;
 mod intake;
 mod life;

@@ -1,7 +1,8 @@
 """An engine that speaks the daemon's protocol and does what a job's seed says, where the model does not matter.
 
 seed 0: an answer at once · 1: the process dies · 2: silence · 3: a failed device · 4: an answer after `max_new_tokens` x 100 ms with signs of
-progress · 5: dies if the file named by SCRIPT_FILE is not there yet, and makes it.
+progress · 5: dies if the file named by SCRIPT_FILE is not there yet, and makes it · 6: a model
+that gives nothing usable.
 """
 
 import json
@@ -54,6 +55,8 @@ def infer(request):
     if seed == 5 and not os.path.exists(os.environ["SCRIPT_FILE"]):
         open(os.environ["SCRIPT_FILE"], "w").close()
         os._exit(1)
+    if seed == 6:
+        return {"Err": {"error": "model", "reason": "scripted"}}
     zero = {"secs": 0, "nanos": 0}
     outcome = {"tokens": [1, 2], "text": f"read {len(request['context'])}", "stop": "end_of_text", "prefill": zero, "generate": zero}
     outcome["plan"] = plan(len(request["context"]), len(request["query"]))

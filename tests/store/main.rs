@@ -1,6 +1,7 @@
 //! The store's promises, the same functions on every implementation.
 
 mod drops;
+mod errors;
 mod on_postgres;
 #[path = "../services/postgres.rs"]
 mod postgres;
@@ -63,6 +64,8 @@ on_both! {
     lists_and_reports_show_what_is_there
     text_that_no_database_holds_is_cleaned_and_flagged
     latency_is_reported_by_stage;
+    errors:
+    every_error_has_the_fate_of_its_class;
     drops:
     a_file_is_ready_when_it_was_seen_unchanged
     a_sidecar_is_found_beside_its_document

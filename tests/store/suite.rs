@@ -47,7 +47,7 @@ pub async fn add(store: &dyn Store, message: JobMessage) -> JobId {
     new.job.id
 }
 
-fn request(limit: u32) -> ClaimRequest {
+pub fn request(limit: u32) -> ClaimRequest {
     let worker = WorkerId::unique("test", 1);
     ClaimRequest { worker, limit, lease: LEASE, models: Vec::new(), max_bytes: None, only: None }
 }
