@@ -103,6 +103,9 @@ pub enum EngineError {
     /// The request can never work on this model: too long, empty query, a token outside the vocabulary.
     #[error("{reason}")]
     Input { reason: String },
+    /// The output can not be made to follow the request's schema; it never will.
+    #[error("{reason}")]
+    Schema { reason: String },
     /// The context does not fit into the memory there is.
     #[error("the context of {tokens} tokens needs {needed_bytes} bytes, the engine has {available_bytes}")]
     Memory { tokens: usize, needed_bytes: u64, available_bytes: u64 },

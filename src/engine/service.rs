@@ -210,7 +210,7 @@ fn step_error(error: GenerateError) -> EngineError {
 
 fn generation_error(error: ConstraintError) -> EngineError {
     match error {
-        ConstraintError::Unusable { .. } => EngineError::Input { reason: error.to_string() },
+        ConstraintError::Unusable { .. } => EngineError::Schema { reason: error.to_string() },
         ConstraintError::Failed { .. } => EngineError::Model { reason: error.to_string() },
     }
 }

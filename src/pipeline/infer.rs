@@ -108,6 +108,7 @@ fn job_error(error: &EngineError, work: &Work) -> JobError {
             return why.error();
         }
         EngineError::Input { .. } => ErrorCode::MessageInvalid,
+        EngineError::Schema { .. } => ErrorCode::SchemaUnsupported,
         EngineError::Memory { .. } => ErrorCode::MemoryTooSmall,
         EngineError::Model { .. } => ErrorCode::ModelFailed,
         EngineError::Device { .. } => ErrorCode::DeviceFailed,

@@ -8,6 +8,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use chrono::{TimeDelta, Utc};
+use serde_json::json;
 use tempfile::TempDir;
 
 use super::events::{Event, EventSink};
@@ -77,14 +78,11 @@ impl Engine for Scripted {
         }
         let plan = self.plan(request.context.len(), request.query.len(), request.query_at, &request.attention)?;
         let (prefill, generate) = (Duration::from_millis(2), Duration::from_millis(1));
-        Ok(InferOutcome {
-            tokens: vec![7],
-            text: format!(" read: {text}\0"),
-            stop: StopReason::EndOfText,
-            plan,
-            prefill,
-            generate,
-        })
+        let text = match &request.generation.schema {
+            Some(_) => r#"{"owner": "A\u0000da"}"#.to_owned(),
+            None => format!(" read: {text}\0"),
+        };
+        Ok(InferOutcome { tokens: vec![7], text, stop: StopReason::EndOfText, plan, prefill, generate })
     }
 }
 
@@ -189,6 +187,19 @@ async fn a_document_becomes_a_result_with_the_time_of_every_stage() {
         assert!(detail.attempts[0].stages.get(stage).is_some(), "{stage:?}");
     }
     assert_eq!(detail.documents[0].facts.media_type.as_deref(), Some("text/plain"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_removed_from_an_extraction_is_flagged() {
+    let mut bench = Bench::new().await;
+    let extracts = |message: &mut JobMessage| {
+        (message.task, message.schema) = (Task::Extract, Some(json!({ "type": "object" })));
+    };
+    let job = bench.add_with("words", extracts).await;
+    bench.run().await;
+    let result = bench.detail(job).await.result.expect("a result");
+    assert_eq!(result.extraction, Some(json!({ "owner": "Ada" })));
+    assert!(result.flags.text_cleaned && !result.flags.schema_failed, "an escape of the engine's JSON was a NUL");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -25,12 +25,17 @@ use crate::services::{free_port, rabbitmq};
 /// Long enough for a machine that compiles at the same time; nothing is measured by it.
 pub const SOON: Duration = Duration::from_secs(60);
 
+/// Where the model does not matter.
+const SCRIPTED_ENGINE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/daemon/scripted_engine.py");
+
 /// A place for daemons: a folder of documents, a database, a queue.
 pub struct Site {
     pub directory: TempDir,
     pub queue: String,
     pub broker_url: String,
     pub database: StoreUrl,
+    /// Lines of `[engine]`.
+    pub engine: String,
     pub extra: String,
     pub variables: BTreeMap<String, String>,
 }
@@ -51,6 +56,7 @@ impl Site {
             database,
             queue: format!("jobs-{}", JobId::random()),
             broker_url: broker_url.to_owned(),
+            engine: format!("command = [\"python3\", \"{SCRIPTED_ENGINE}\"]\nsilence_floor_s = 2\n"),
             extra: String::new(),
             variables: BTreeMap::new(),
         };
@@ -82,15 +88,15 @@ impl Site {
 
     /// Writes the configuration.
     pub fn configuration(&self, port: u16) -> PathBuf {
-        let engine = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/daemon/scripted_engine.py");
         let text = format!(
             "[database]\nurl = \"{}\"\n[amqp]\nurl = \"{}\"\nqueue = \"{}\"\nreply_targets = [\"done-*\"]\nwindow = 50\nprefetch = 20\n\
-             [files]\nfolders = [\"{}\"]\n[engine]\ncommand = [\"python3\", \"{engine}\"]\nsilence_floor_s = 2\n\
+             [files]\nfolders = [\"{}\"]\n[engine]\n{}\
              [work]\nlease_s = 3\npoll_ms = 20\ngrace_s = 2\nmax_attempts = 2\n[http]\nlisten = \"127.0.0.1:{port}\"\n{}",
             database_url(&self.database),
             self.broker_url,
             self.queue,
             self.path("documents").display(),
+            self.engine,
             self.extra,
         );
         let path = self.path(&format!("apbd-{port}.toml"));
@@ -162,6 +168,12 @@ impl Site {
         };
         publisher.publish(&message).await.expect("published");
     }
+}
+
+/// What SQL says about the site's database.
+pub fn sql(server: &Postgres, site: &Site, query: &str) -> String {
+    let StoreUrl::Postgres(url) = &site.database else { panic!("not on PostgreSQL") };
+    server.sql(url.rsplit_once('/').expect("a name").1, query)
 }
 
 /// As a configuration has it: how a location is displayed leaves out who connects.

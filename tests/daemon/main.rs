@@ -9,6 +9,7 @@ mod harness;
 mod intake;
 mod life;
 mod objects;
+mod outputs;
 mod reading;
 mod shared_database;
 mod supervision;

@@ -5,12 +5,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use apbd::job::JobId;
-use apbd::store::{JobState, Store, StoreUrl};
+use apbd::store::{JobState, Store};
 use futures_util::future::join_all;
 use lapin::options::BasicGetOptions;
 use serde_json::{Value, json};
 
-use crate::harness::{Daemon, SOON, Site, declare, settled, succeeded, until, waiting};
+use crate::harness::{Daemon, SOON, Site, declare, settled, sql, succeeded, until, waiting};
 use crate::services::postgres::{Postgres, shared};
 use crate::services::proxy::{Fault, Proxy};
 use crate::services::s3;
@@ -36,12 +36,6 @@ const PLACES: [&str; 18] = [
     "outbox.sent:11",
     "outbox.confirmed:2",
 ];
-
-/// What SQL says about the site's database.
-fn sql(server: &Postgres, site: &Site, query: &str) -> String {
-    let StoreUrl::Postgres(url) = &site.database else { panic!("not on PostgreSQL") };
-    server.sql(url.rsplit_once('/').expect("a name").1, query)
-}
 
 async fn is_running(store: &dyn Store, job: JobId) -> bool {
     let detail = store.show(job).await.expect("shown");
