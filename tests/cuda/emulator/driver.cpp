@@ -32,7 +32,7 @@ static long setting(const char* name, long otherwise) {
 extern "C" {
 
 Result cuInit(unsigned) { return OK; }
-Result cuDriverGetVersion(int* version) { return *version = 13000, OK; }
+Result cuDriverGetVersion(int* version) { return *version = setting("APBD_EMULATED_DRIVER", 13000), OK; }
 Result cuDeviceGetCount(int* count) { return *count = 1, OK; }
 Result cuDeviceGet(int* device, int ordinal) { return *device = ordinal, ordinal == 0 ? OK : INVALID; }
 Result cuDeviceGetName(char* name, int bytes, int) { return std::strncpy(name, "emulator", bytes), OK; }
