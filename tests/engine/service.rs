@@ -113,7 +113,7 @@ fn a_schema_is_followed_to_its_end() {
     assert_eq!(value.as_object().unwrap().keys().collect::<Vec<_>>(), ["owner", "number"]);
     asked.generation.schema = Some(json!({ "type": "no such type" }));
     let error = engine.infer(&asked, &|_| true).unwrap_err();
-    assert!(matches!(&error, EngineError::Input { reason } if reason.contains("schema")), "{error}");
+    assert!(matches!(&error, EngineError::Schema { reason } if reason.contains("schema")), "{error}");
 }
 
 #[test]
