@@ -66,6 +66,11 @@ impl Postgres {
         self.directory.path()
     }
 
+    /// Its client for the command line.
+    pub fn psql(&self) -> PathBuf {
+        self.programs.join("psql")
+    }
+
     /// URL of a new empty database, for its owner.
     pub fn database(&self) -> String {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
