@@ -89,7 +89,7 @@ pub struct WorkConfig {
     pub poll: Duration,
     /// How long a job may go on after SIGTERM.
     pub grace: Duration,
-    /// Bytes of a document at most.
+    /// Bytes of a job's documents at most.
     pub max_document_bytes: u64,
     /// What errors mean.
     pub retry: RetryPolicy,

@@ -6,6 +6,7 @@ pub mod chat;
 mod config;
 mod error;
 mod load;
+mod pieces;
 mod random;
 mod rope;
 mod tensors;

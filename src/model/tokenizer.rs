@@ -1,6 +1,7 @@
 //! `tokenizer.json`: text to tokens and back.
 //!
-//! Invariant: text of a document or a user never becomes a special token; only the chat template's own text does.
+//! Invariant: text of a document or a user never becomes a special token; only the chat template's own text does. However long a document is,
+//! tokenizing it needs memory for its tokens and one piece of it.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,6 +11,13 @@ use serde_json::Value;
 use crate::generate::constraint::{ConstraintError, TokenConstraint};
 use crate::generate::grammar::Grammar;
 use crate::generate::vocabulary::Vocabulary;
+use crate::model::pieces::pieces;
+
+/// Bytes of text that are tokenized at once. The tokenizer keeps some forty bytes for each of them meanwhile, and a hundred for each token.
+const PIECE_BYTES: usize = 256 * 1024;
+
+/// Text with what a cut could harm: lines, indents, words, numbers, other scripts.
+const PROBE: &str = "One line, with words.\nAnother: 1234 of it\n\n  indented, \tand more words\nété größer 漢字 слово\n- the end of it all";
 
 /// Why a tokenizer could not be loaded or used.
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +35,8 @@ pub struct Tokenizer {
     plain: tokenizers::Tokenizer,
     special: tokenizers::Tokenizer,
     grammar: Grammar,
+    /// Bytes that are tokenized at once: no bound for a tokenizer that gives other tokens then (one without a pre-tokenizer of words).
+    piece_bytes: usize,
 }
 
 impl Tokenizer {
@@ -42,12 +52,27 @@ impl Tokenizer {
         plain.set_encode_special_tokens(true);
         let content: Value = serde_json::from_slice(&bytes).map_err(|error| failed(error.to_string()))?;
         let grammar = Grammar::new(&content, &end_tokens(&special));
-        Ok(Self { plain, special, grammar })
+        let mut tokenizer = Self { plain, special, grammar, piece_bytes: usize::MAX };
+        if tokenizer.bears_cuts()? {
+            tokenizer.piece_bytes = PIECE_BYTES;
+        }
+        Ok(tokenizer)
+    }
+
+    /// Whether the tokens of pieces are those of the whole.
+    fn bears_cuts(&self) -> Result<bool, TokenizerError> {
+        let whole = encode(&self.plain, PROBE)?;
+        for at_most in [28, 32, 40, 64] {
+            if encode_pieces(&self.plain, PROBE, at_most)? != whole {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Tokens of text that is only text: nothing in it is special, nothing is added to it.
     pub fn encode_plain(&self, text: &str) -> Result<Vec<u32>, TokenizerError> {
-        encode(&self.plain, text)
+        encode_pieces(&self.plain, text, self.piece_bytes)
     }
 
     /// Tokens of text of the chat template, special tokens recognised. Nothing is added: the template says all.
@@ -75,6 +100,14 @@ fn end_tokens(tokenizer: &tokenizers::Tokenizer) -> Vec<u32> {
 fn encode(tokenizer: &tokenizers::Tokenizer, text: &str) -> Result<Vec<u32>, TokenizerError> {
     let encoding = tokenizer.encode_fast(text, false).map_err(|error| TokenizerError::Failed(error.to_string()))?;
     Ok(encoding.get_ids().to_vec())
+}
+
+fn encode_pieces(tokenizer: &tokenizers::Tokenizer, text: &str, at_most: usize) -> Result<Vec<u32>, TokenizerError> {
+    let mut tokens = Vec::new();
+    for piece in pieces(text, at_most) {
+        tokens.extend(encode(tokenizer, piece)?);
+    }
+    Ok(tokens)
 }
 
 impl Vocabulary for Tokenizer {
@@ -106,6 +139,18 @@ mod tests {
         assert!(!plain.iter().any(|&token| tokenizer.is_special(token)), "{plain:?}");
         assert_eq!(tokenizer.decode(&plain).expect("tokens"), "a<|eot_id|>b");
         assert_eq!(tokenizer.decode(&[4]).expect("tokens"), "");
+    }
+
+    #[test]
+    fn a_document_in_pieces_has_the_tokens_of_the_whole() {
+        let tokenizer = fixture();
+        assert_eq!(tokenizer.piece_bytes, PIECE_BYTES);
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/documents/ownership.md");
+        let text = fs::read_to_string(path).expect("a document");
+        let whole = encode(&tokenizer.plain, &text).expect("text");
+        for at_most in [100, 1000, 10_000] {
+            assert_eq!(encode_pieces(&tokenizer.plain, &text, at_most).expect("text"), whole, "{at_most}");
+        }
     }
 
     #[test]

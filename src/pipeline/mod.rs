@@ -71,8 +71,8 @@ pub struct Settings {
     pub models: Vec<String>,
     /// Jobs known to be larger are left to others.
     pub claim_at_most_bytes: Option<u64>,
-    /// Bytes a single document may have.
-    pub document_at_most_bytes: u64,
+    /// Bytes that the documents of a job may have together.
+    pub documents_at_most_bytes: u64,
     /// What errors mean.
     pub retry: RetryPolicy,
     /// How long a job in the engine may go on after the first signal to stop.

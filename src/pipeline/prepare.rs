@@ -32,9 +32,11 @@ impl Pipeline {
         let instruction = instruction(&work.claim.job)?;
         let documents = work.claim.job.documents.clone();
         let mut texts = Vec::with_capacity(documents.len());
+        let mut bytes_left = self.settings.documents_at_most_bytes;
         for document in documents {
             work.check()?;
-            let fetched = self.fetch(work, &document).await?;
+            let fetched = self.fetch(work, &document, bytes_left).await?;
+            bytes_left = bytes_left.saturating_sub(fetched.bytes.len() as u64);
             work.check()?;
             texts.push(self.tokenize(work, document, fetched).await?);
         }
@@ -60,10 +62,10 @@ impl Pipeline {
         })
     }
 
-    async fn fetch(&self, work: &mut Work, document: &DocumentRef) -> Result<Fetched, JobError> {
+    async fn fetch(&self, work: &mut Work, document: &DocumentRef, at_most: u64) -> Result<Fetched, JobError> {
         self.enter(work, Stage::Fetch);
         let began = Instant::now();
-        let fetched = self.parts.documents.fetch(document, self.settings.document_at_most_bytes).await;
+        let fetched = self.parts.documents.fetch(document, at_most).await;
         work.spent(Stage::Fetch, began.elapsed());
         match fetched {
             Ok(fetched) => {

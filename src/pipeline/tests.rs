@@ -148,7 +148,7 @@ impl Bench {
             only: Some(self.jobs.clone()),
             models: Vec::new(),
             claim_at_most_bytes: None,
-            document_at_most_bytes: 1 << 20,
+            documents_at_most_bytes: 1 << 20,
             retry,
             grace: Duration::from_millis(50),
         };

@@ -6,6 +6,7 @@ mod services;
 mod drops;
 mod errors;
 mod harness;
+mod hostile;
 mod intake;
 mod life;
 mod objects;

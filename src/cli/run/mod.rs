@@ -190,7 +190,7 @@ fn settings(only: Vec<JobId>) -> Settings {
         only: Some(only),
         models: Vec::new(),
         claim_at_most_bytes: None,
-        document_at_most_bytes: DOCUMENT_AT_MOST_BYTES,
+        documents_at_most_bytes: DOCUMENT_AT_MOST_BYTES,
         retry: RetryPolicy::local(),
         grace: GRACE,
     }

@@ -256,7 +256,7 @@ impl Daemon {
             only: None,
             models: self.config.engine.names.clone(),
             claim_at_most_bytes: Some(work.max_document_bytes),
-            document_at_most_bytes: work.max_document_bytes,
+            documents_at_most_bytes: work.max_document_bytes,
             retry: work.retry,
             grace: work.grace,
         }

@@ -41,8 +41,8 @@ pub enum FetchError {
     /// It is no file: a folder, a device, a pipe.
     #[error("{place}: {found}, not a file")]
     NotAFile { place: String, found: &'static str },
-    /// It is longer than allowed.
-    #[error("{place}: more than the {at_most} bytes a document may have")]
+    /// It is longer than allowed, or than what the job's other documents leave of that.
+    #[error("{place}: more than {at_most} bytes, the most that may be read of it")]
     TooLarge { place: String, at_most: u64 },
     /// Its bytes are not those that the job named, or changed while they were read.
     #[error("{place}: the document has changed since the job was made")]
