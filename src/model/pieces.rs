@@ -19,7 +19,8 @@ fn first_cut(text: &str, at_most: usize) -> usize {
     if text.len() <= at_most {
         return text.len();
     }
-    let end = text.floor_char_boundary(at_most);
+    // `at_most` is at least the length of a character, so this ends above 0.
+    let end = (0..=at_most).rev().find(|end| text.is_char_boundary(*end)).unwrap_or(at_most);
     last_line(text, end).or_else(|| last_word(text, end)).unwrap_or(end)
 }
 
