@@ -23,7 +23,7 @@ pub enum Phase {
 pub struct Shutdown(watch::Receiver<Phase>);
 
 /// The other end; dropping it changes nothing.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct ShutdownHandle(watch::Sender<Phase>);
 
 /// A handle and what listens to it.

@@ -1,8 +1,11 @@
 //! The engine as the pipeline sees it: a child that is started, watched and replaced.
 //!
-//! Invariant: a request ends within its budget of silence, by an answer or by the child's death; no request meets a child that failed before.
+//! Invariant: a request ends within its budget of silence, by an answer or by the child's death; no request meets a child that failed before. While
+//! there is no child, one is being started or waited for, whether there is work or not.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use tracing::{error, info, warn};
@@ -18,6 +21,9 @@ use crate::telemetry::metrics;
 /// How often a running request is asked whether its caller still wants it.
 const TICK: Duration = Duration::from_millis(100);
 
+/// Pause between two tries to start a child, while the breaker allows them.
+const START_PAUSE: Duration = Duration::from_secs(1);
+
 /// How the child is run and watched.
 #[derive(Debug, Clone)]
 pub struct EngineOptions {
@@ -32,10 +38,14 @@ pub struct EngineOptions {
 }
 
 /// The engine behind its process.
-pub struct SupervisedEngine {
+pub struct SupervisedEngine(Arc<Supervisor>);
+
+struct Supervisor {
     options: EngineOptions,
     info: EngineInfo,
     state: Mutex<State>,
+    /// Whether there is a child, without waiting for the request that it works on.
+    has_child: AtomicBool,
     health: Component,
 }
 
@@ -53,9 +63,12 @@ impl SupervisedEngine {
         info!(engine.pid = process.id(), engine.model = info.model, engine.device = info.device, "the engine is ready");
         health.ready();
         let state = State { process: Some(process), breaker: Breaker::default(), tokens_per_s: None };
-        Ok(Self { options, info, state: Mutex::new(state), health })
+        let (state, has_child) = (Mutex::new(state), AtomicBool::new(true));
+        Ok(Self(Arc::new(Supervisor { options, info, state, has_child, health })))
     }
+}
 
+impl Supervisor {
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -71,6 +84,7 @@ impl SupervisedEngine {
                 Ok((process, info)) if info.model_digest == self.info.model_digest => {
                     info!(engine.pid = process.id(), "a new engine is ready");
                     self.health.ready();
+                    self.has_child.store(true, Ordering::Relaxed);
                     state.process = Some(process);
                 }
                 Ok(_) => {
@@ -91,13 +105,33 @@ impl SupervisedEngine {
         EngineError::Unavailable { reason }
     }
 
-    /// Kills the child: what it says or does from now on is nobody's.
-    fn replace(&self, state: &mut State, kind: &'static str, reason: &str) {
+    /// Kills the child: what it says or does from now on is nobody's. Another one is started meanwhile.
+    fn replace(self: &Arc<Self>, state: &mut State, kind: &'static str, reason: &str) {
         state.process = None;
+        self.has_child.store(false, Ordering::Relaxed);
         let open = state.breaker.failed(Instant::now());
         warn!(error.kind = kind, error.message = reason, engine.given_up = open, "the engine is replaced");
         self.health.degraded(&format!("the engine is replaced: {reason}"));
         metrics::ENGINE_ENDS.add(&[kind], 1);
+        let supervisor = Arc::downgrade(self);
+        let reviving = thread::Builder::new().name("apbd-engine-start".to_owned()).spawn(move || {
+            // Whoever comes first, this or the next request, starts it.
+            while let Some(pause) = supervisor.upgrade().and_then(|supervisor| supervisor.revive()) {
+                thread::sleep(pause);
+            }
+        });
+        if let Err(error) = reviving {
+            warn!(error.message = %error, "the engine is not started before the next request");
+        }
+    }
+
+    /// Starts a child if there is none; how long to wait before the next try if that failed.
+    fn revive(&self) -> Option<Duration> {
+        let mut state = self.state();
+        if self.living(&mut state).is_ok() {
+            return None;
+        }
+        Some(state.breaker.open_for(Instant::now()).unwrap_or_default().max(START_PAUSE))
     }
 
     /// How long may pass without a sign of progress.
@@ -130,30 +164,13 @@ impl SupervisedEngine {
             }
         }
     }
-}
 
-impl Engine for SupervisedEngine {
-    fn info(&self) -> EngineInfo {
-        self.info.clone()
-    }
-
-    fn is_ready(&self) -> bool {
-        // While a request runs the lock is held, and the engine is there.
-        self.state.try_lock().map_or(true, |state| state.breaker.open_for(Instant::now()).is_none())
-    }
-
-    fn plan(
-        &self,
-        context: usize,
-        query: usize,
-        query_at: usize,
-        attention: &AttentionRequest,
-    ) -> Result<PrefillPlan, EngineError> {
+    /// Asks the child for a plan.
+    fn plan(self: &Arc<Self>, ask: &Ask) -> Result<PrefillPlan, EngineError> {
         let mut guard = self.state();
         let state = &mut *guard;
         let process = self.living(state)?;
-        let ask = Ask::Plan { context, query, query_at, attention: attention.clone() };
-        let failed = if process.say(&ask) {
+        let failed = if process.say(ask) {
             match process.hear(self.options.silence_floor) {
                 Heard::Said(Answer::Planned { result }) => return result.map(|plan| *plan),
                 Heard::Gone(reason) => reason,
@@ -166,7 +183,8 @@ impl Engine for SupervisedEngine {
         Err(EngineError::Crashed { reason: failed })
     }
 
-    fn infer(&self, request: &InferRequest, observer: Observer<'_>) -> Result<InferOutcome, EngineError> {
+    /// Has the child run a request.
+    fn infer(self: &Arc<Self>, request: &InferRequest, observer: Observer<'_>) -> Result<InferOutcome, EngineError> {
         let mut guard = self.state();
         let state = &mut *guard;
         let budget = self.budget(request.context.len(), state.tokens_per_s);
@@ -195,13 +213,32 @@ impl Engine for SupervisedEngine {
                     EngineError::Device { reason } => self.replace(state, "device", reason),
                     _ => {}
                 }
-                // The next job should find an engine, and `/readyz` the truth, without waiting for each other.
-                if state.process.is_none() {
-                    // What comes of it was reported.
-                    let _ = self.living(state);
-                }
                 Err(error)
             }
         }
+    }
+}
+
+impl Engine for SupervisedEngine {
+    fn info(&self) -> EngineInfo {
+        self.0.info.clone()
+    }
+
+    fn is_ready(&self) -> bool {
+        self.0.has_child.load(Ordering::Relaxed)
+    }
+
+    fn plan(
+        &self,
+        context: usize,
+        query: usize,
+        query_at: usize,
+        attention: &AttentionRequest,
+    ) -> Result<PrefillPlan, EngineError> {
+        self.0.plan(&Ask::Plan { context, query, query_at, attention: attention.clone() })
+    }
+
+    fn infer(&self, request: &InferRequest, observer: Observer<'_>) -> Result<InferOutcome, EngineError> {
+        self.0.infer(request, observer)
     }
 }

@@ -3,6 +3,7 @@
 use std::fs;
 use std::time::Duration;
 
+use apbd::job::JobId;
 use apbd::store::JobState;
 
 use crate::harness::{SOON, Site, apbd, succeeded, until};
@@ -129,4 +130,36 @@ fn the_examples_are_valid() {
         let message = apbd::job::JobMessage::parse(&text, &limits).expect(name);
         message.check(Some(apbd::job::JobId::random()), &limits).expect(name);
     }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sighup_starts_again_with_the_configuration_as_it_is_then() {
+    let mut site = Site::new();
+    let daemon = site.start();
+    daemon.ready().await;
+    let (publisher, store) = (site.publisher().await, site.store().await);
+    let path = site.path(&format!("apbd-{}.toml", daemon.port));
+    let good = fs::read_to_string(&path).expect("a configuration");
+
+    fs::write(&path, good.replace("lease_s = 3", "lease_s = 1")).expect("written");
+    daemon.signal("HUP");
+    until("the fault is said", || async { daemon.log().contains("lease_s: at least 3") }).await;
+    succeeded(&*store, site.send(&publisher, 0).await).await;
+
+    let job = JobId::random();
+    site.send_raw(&publisher, job, &site.lasting(8), None).await;
+    until("it runs", || async {
+        store.show(job).await.expect("shown").is_some_and(|detail| detail.summary.state == JobState::Running)
+    })
+    .await;
+    let first = site.queue.clone();
+    site.queue = format!("{first}-new");
+    drop(site.publisher().await);
+    fs::write(&path, good.replace(&first, &site.queue)).expect("written");
+    daemon.signal("HUP");
+    // The same process, which is the child that the harness started, with another queue.
+    let second = site.send(&publisher, 0).await;
+    assert_eq!(succeeded(&*store, second).await.attempts.len(), 1);
+    assert_eq!(succeeded(&*store, job).await.attempts.len(), 1, "what ran ended within the grace");
+    daemon.ready().await;
 }

@@ -14,3 +14,4 @@ mod outputs;
 mod reading;
 mod shared_database;
 mod supervision;
+mod tls;

@@ -1,26 +1,30 @@
 //! Engines that die, hang or break: each costs its own job only.
 
-use apbd::job::ErrorCode;
-use apbd::store::JobState;
+use std::fs;
+use std::process::Command;
+use std::time::Instant;
 
-use crate::harness::{Site, ended, settled, succeeded, until};
+use apbd::job::{ErrorCode, JobId};
+use apbd::store::JobState;
+use serde_json::json;
+
+use crate::harness::{Daemon, SOON, Site, ended, settled, succeeded, until};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_document_that_kills_the_engine_is_quarantined_and_its_neighbours_succeed() {
-    let mut site = Site::new();
-    site.extra = String::new();
+    let site = Site::new();
     let daemon = site.start();
     daemon.ready().await;
     let (publisher, store) = (site.publisher().await, site.store().await);
     let mut neighbours = Vec::new();
     let mut poison = None;
-    for number in 0..20 {
+    for number in 0..50 {
         match number {
             7 => poison = Some(site.send(&publisher, 1).await),
             _ => neighbours.push(site.send(&publisher, 0).await),
         }
     }
-    settled(&*store, 20).await;
+    settled(&*store, 50).await;
     for job in neighbours {
         assert_eq!(succeeded(&*store, job).await.attempts.len(), 1);
     }
@@ -62,4 +66,77 @@ async fn a_running_job_is_cancelled() {
     .await;
     store.cancel(job).await.expect("asked");
     assert_eq!(ended(&*store, job).await.summary.state, JobState::Cancelled);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_engine_that_stands_still_is_killed_within_its_budget_and_the_next_one_serves() {
+    let mut site = Site::new();
+    site.engine = "ranks = 2\nthreads = 2\nsilence_floor_s = 3\nsilence_factor = 1.0\n".to_owned();
+    let uri = site.document("long.txt", &"The harbour of the town opens at nine. ".repeat(3000));
+    let daemon = site.start();
+    daemon.ready().await;
+    let (publisher, store) = (site.publisher().await, site.store().await);
+    let job = JobId::random();
+    let body = json!({ "version": 1, "task": "summarise", "documents": [{ "uri": uri }], "max_new_tokens": 2000 });
+    site.send_raw(&publisher, job, &body, None).await;
+    until("it is in the engine", || async {
+        let detail = store.show(job).await.expect("shown");
+        detail.is_some_and(|detail| detail.summary.progress.is_some_and(|progress| progress.done > 0))
+    })
+    .await;
+    let stopped = engine_process(&daemon).expect("an engine");
+    signal(stopped, "STOP");
+    let (at, next) = (Instant::now(), site.send(&publisher, 0).await);
+    assert_eq!(succeeded(&*store, next).await.attempts.len(), 1, "the next job succeeds at its first attempt");
+    // Three seconds of silence, a start of the engine, a short document; and a busy machine.
+    assert!(at.elapsed() < SOON, "{:?}", at.elapsed());
+    let first = store.show(job).await.expect("shown").expect("there").attempts[0].clone();
+    assert_eq!(first.error.expect("a reason").code, ErrorCode::EngineHung);
+    assert_ne!(engine_process(&daemon), Some(stopped));
+    assert!(!std::path::Path::new(&format!("/proc/{stopped}")).exists(), "SIGKILL is the last word");
+    store.cancel(job).await.expect("cancelled");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn engines_that_keep_dying_stop_the_claims_and_the_readiness_until_one_lives() {
+    let mut site = Site::new();
+    site.variables.insert("APBD_WORK_MAX_ATTEMPTS".to_owned(), "1".to_owned());
+    let daemon = site.start();
+    daemon.ready().await;
+    let (publisher, store) = (site.publisher().await, site.store().await);
+    let mut fatal = Vec::new();
+    for _ in 0..5 {
+        fatal.push(site.send(&publisher, 1).await);
+    }
+    let harmless = site.send(&publisher, 0).await;
+    until("the last of them has killed its engine", || async {
+        let log = daemon.log();
+        log.contains("\"engine.given_up\":true")
+    })
+    .await;
+    let (status, text) = daemon.get("/readyz").expect("an answer");
+    assert_eq!(status, 503, "{text}");
+    assert!(text.contains("engine: "), "{text}");
+    let waits = store.show(harmless).await.expect("shown").expect("there");
+    assert!(waits.summary.state == JobState::Queued || waits.attempts.len() == 1, "{:?}", waits.summary);
+    // It is tried again when the breaker allows it, with no job to ask for it.
+    daemon.ready().await;
+    let detail = succeeded(&*store, harmless).await;
+    assert_eq!(detail.failures.suspect, 0, "what found no engine is not to blame");
+    for job in fatal {
+        assert_eq!(ended(&*store, job).await.summary.state, JobState::Dead);
+    }
+}
+
+/// The process of the daemon's engine: its child.
+fn engine_process(daemon: &Daemon) -> Option<u32> {
+    // A thread's children are those that it started.
+    let tasks = fs::read_dir(format!("/proc/{}/task", daemon.id())).ok()?;
+    let children = tasks.flatten().filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
+    children.flat_map(|ids| ids.split_whitespace().filter_map(|id| id.parse().ok()).collect::<Vec<_>>()).next()
+}
+
+fn signal(process: u32, name: &str) {
+    let status = Command::new("sh").args(["-c", "kill -$0 $1", name, &process.to_string()]).status();
+    assert!(status.expect("kill runs").success());
 }

@@ -4,6 +4,7 @@
 
 #![allow(dead_code, reason = "every test crate uses some of them")]
 
+pub mod certificates;
 mod group;
 pub mod postgres;
 pub mod proxy;

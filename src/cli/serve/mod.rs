@@ -1,11 +1,12 @@
 //! `apbd serve`: the daemon. Doors in, the pipeline, events out; until it is told to stop.
 //!
 //! Start: the configuration as a whole, then the port, the database, the engine; each is waited for with words. Stop: the doors close, what
-//! is in the engine may end within the grace, the rest is handed back, events are flushed.
+//! is in the engine may end within the grace, the rest is handed back, events are flushed. SIGHUP: both, in this order reversed.
 //!
 //! Invariant: every task that was started has ended when this returns.
 
 mod events;
+mod reload;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -33,6 +34,7 @@ use crate::store::{self, Access, Store};
 use crate::supervise::{EngineOptions, SupervisedEngine};
 use crate::telemetry::health::{Component, Health};
 use crate::telemetry::{console, http};
+use reload::Reload;
 
 /// Wait between two tries to reach the database at the start.
 const START_WAIT: Duration = Duration::from_secs(2);
@@ -63,7 +65,17 @@ impl Args {
         let config = load(&self.config)?;
         let model = model::find(config.engine.model.as_deref()).map_err(CliError::Usage)?;
         let stores = clients(&config)?;
-        runtime()?.block_on(serve(config, model, stores))
+        let (handle, shutdown) = shutdown::channel();
+        let ended = runtime()?.block_on(async {
+            let signals = |error| CliError::Internal(format!("signals: {error}"));
+            let reload = Reload::on_hangup(self.config, handle.clone()).map_err(signals)?;
+            shutdown::on_signals(handle, told).map_err(signals)?;
+            serve(config, model, stores, shutdown).await.map(|()| reload)
+        })?;
+        if ended.is_asked() {
+            return Err(reload::start_again());
+        }
+        Ok(Status::Done)
     }
 }
 
@@ -73,9 +85,7 @@ pub(super) fn clients(config: &Config) -> Result<Vec<ObjectClient>, CliError> {
     config.stores.iter().map(client).collect::<Result<_, _>>().map_err(|error| CliError::Usage(error.to_string()))
 }
 
-async fn serve(config: Config, model: PathBuf, stores: Vec<ObjectClient>) -> Result<Status, CliError> {
-    let (handle, shutdown) = shutdown::channel();
-    shutdown::on_signals(handle, told).map_err(|error| CliError::Internal(format!("signals: {error}")))?;
+async fn serve(config: Config, model: PathBuf, stores: Vec<ObjectClient>, shutdown: Shutdown) -> Result<(), CliError> {
     let health = Health::default();
     let start = health.component("start");
     let listener = http::bind(config.listen)
@@ -83,14 +93,14 @@ async fn serve(config: Config, model: PathBuf, stores: Vec<ObjectClient>) -> Res
         .map_err(|error| CliError::Unavailable(format!("[http] listen {}: {error}", config.listen)))?;
     let over = CancellationToken::new();
     let answering = tokio::spawn(http::serve(listener, health.clone(), over.clone().cancelled_owned()));
-    let Some(store) = open_store(&config, &shutdown).await? else { return Ok(Status::Done) };
+    let Some(store) = open_store(&config, &shutdown).await? else { return Ok(()) };
     let daemon = Daemon { config, stores, store, health, start };
     let ended = daemon.run(&model, shutdown).await;
     over.cancel();
     // It only answers questions; that it failed was its asker's to see.
     let _ = answering.await;
     daemon.store.close().await;
-    ended.map(|()| Status::Done)
+    ended
 }
 
 /// Waits for the database; nothing if told to stop before.
