@@ -88,8 +88,8 @@ pub trait Store: DropStore + ExportStore {
     /// Every worker calls it now and then.
     async fn sweep(&self) -> Result<Swept, StoreError>;
 
-    /// Jobs queued and running, each counted up to `at_most` (an admission window needs no more).
-    async fn inbox_depth(&self, at_most: u64) -> Result<InboxDepth, StoreError>;
+    /// Jobs queued, of one door or of all, and running, each counted up to `at_most` (an admission window needs no more).
+    async fn inbox_depth(&self, door: Option<Door>, at_most: u64) -> Result<InboxDepth, StoreError>;
 
     /// Up to `limit` completion events that nobody else is sending, hidden from others for `lease`. They stay until confirmed.
     async fn outbox_take(&self, limit: u32, lease: Duration) -> Result<Vec<OutboxEvent>, StoreError>;

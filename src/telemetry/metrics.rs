@@ -36,7 +36,7 @@ pub static EVENTS: Series = Series::counter("apbd_events_total", "Completion eve
 pub static RESULTS_WRITTEN: Series = Series::counter("apbd_results_written_total", "Results written as files", &[]);
 /// Engine processes that ended, and why.
 pub static ENGINE_ENDS: Series = Series::counter("apbd_engine_ends_total", "Engine processes that ended", &["reason"]);
-/// Jobs in the inbox, each state counted up to the admission window.
+/// Jobs in the inbox, each state counted up to 100,000.
 pub static INBOX: Series = Series::gauge("apbd_inbox_jobs", "Jobs in the inbox", &["state"]);
 /// Time by stage.
 pub static STAGE_SECONDS: Histogram =

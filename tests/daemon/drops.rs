@@ -349,6 +349,6 @@ async fn a_hundred_thousand_files_are_taken_in_bounded_memory() {
         start.elapsed() - first,
         grown >> 20
     );
-    assert_eq!(store.inbox_depth(1 << 20).await.expect("asked").queued, FILES as u64);
+    assert_eq!(store.inbox_depth(None, 1 << 20).await.expect("asked").queued, FILES as u64);
     assert!(grown < 64 << 20, "{grown} bytes");
 }

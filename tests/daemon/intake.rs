@@ -86,9 +86,10 @@ async fn intake_stops_while_the_inbox_is_full_and_resumes_by_itself() {
     }
     let daemon = site.start();
     let store = site.store().await;
-    until("the window is full", || async { store.inbox_depth(100).await.is_ok_and(|depth| depth.queued >= 5) }).await;
+    until("the window is full", || async { store.inbox_depth(None, 100).await.is_ok_and(|depth| depth.queued >= 5) })
+        .await;
     tokio::time::sleep(Duration::from_secs(3)).await;
-    let depth = store.inbox_depth(100).await.expect("counted");
+    let depth = store.inbox_depth(None, 100).await.expect("counted");
     assert!(depth.queued <= 20, "{depth:?}");
     assert!(waiting(&publisher, &site.queue).await >= 8, "the broker keeps the rest");
     for job in all(&*store).await {

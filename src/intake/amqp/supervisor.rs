@@ -13,7 +13,7 @@ use super::delivery::Terms;
 use super::session::{End, Session};
 use super::topology::Topology;
 use crate::pipeline::shutdown::{Phase, Shutdown};
-use crate::store::Store;
+use crate::store::{Door, Store};
 use crate::telemetry::health::Component;
 use crate::telemetry::metrics;
 
@@ -101,16 +101,14 @@ impl AmqpIntake {
         Ok(())
     }
 
-    /// How many jobs may still come in. A store that does not answer is no reason to stop: enqueueing waits for it.
+    /// How many jobs may still come in; jobs of other doors take no place from them. A store that does not answer is no reason to stop: enqueueing waits for it.
     pub(super) async fn room(&self) -> u64 {
         self.waiting().await.map_or(1, |waiting| self.admission.window.saturating_sub(waiting))
     }
 
     async fn waiting(&self) -> Option<u64> {
-        let depth = self.store.inbox_depth(self.admission.window).await.ok()?;
-        metrics::INBOX.set(&["queued"], depth.queued);
-        metrics::INBOX.set(&["running"], depth.running);
-        Some(depth.queued)
+        let depth = self.store.inbox_depth(Some(Door::Amqp), self.admission.window).await;
+        depth.ok().map(|depth| depth.queued)
     }
 
     /// Returns when there is room; `false` if the process stops before.

@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use super::PostgresStore;
 use crate::job::clean::clean;
-use crate::store::{Enqueued, InboxDepth, JobState, NewJob, Rejection, StoreError, name_of};
+use crate::store::{Door, Enqueued, InboxDepth, JobState, NewJob, Rejection, StoreError, name_of};
 
 /// One statement a batch. Rows go in by id, so that two batches with the same jobs wait for each other and never in a
 /// circle; the microseconds keep the order in which they came.
@@ -32,9 +32,11 @@ const INSERT_REJECTION: &str = "\
 INSERT INTO rejections (door, origin, digest, message_id, job_id, code, reason, size_bytes, rejected_at) \
 VALUES ($1, $2, $3, $4, $5, $6, $7, $8, now()) ON CONFLICT DO NOTHING";
 
-const DEPTH: &str = "\
-SELECT (SELECT count(*) FROM (SELECT FROM jobs WHERE state = 'queued' LIMIT $1) AS q) AS queued, \
-       (SELECT count(*) FROM (SELECT FROM jobs WHERE state = 'running' LIMIT $1) AS r) AS running";
+// A statement each: with a state or a door as parameter no plan could rest on the index of just those rows.
+const QUEUED: &str = "SELECT count(*) FROM (SELECT FROM jobs WHERE state = 'queued' LIMIT $1) AS j";
+const QUEUED_OF_DOOR: &str =
+    "SELECT count(*) FROM (SELECT FROM jobs WHERE state = 'queued' AND door = $2 LIMIT $1) AS j";
+const RUNNING: &str = "SELECT count(*) FROM (SELECT FROM jobs WHERE state = 'running' LIMIT $1) AS j";
 
 impl PostgresStore {
     pub(super) async fn enqueue_all(&self, jobs: &[NewJob]) -> Result<Vec<Enqueued>, StoreError> {
@@ -108,12 +110,16 @@ impl PostgresStore {
             .map_err(|error| self.error("reject", error))
     }
 
-    pub(super) async fn depth(&self, at_most: u64) -> Result<InboxDepth, StoreError> {
-        let most = i64::try_from(at_most).unwrap_or(i64::MAX);
-        let row = sqlx::query(DEPTH).bind(most).fetch_one(&self.pool).await;
-        let row = row.map_err(|error| self.error("inbox_depth", error))?;
-        let count = |column: &str| row.get::<i64, _>(column).unsigned_abs();
-        Ok(InboxDepth { queued: count("queued"), running: count("running") })
+    pub(super) async fn depth(&self, door: Option<Door>, at_most: u64) -> Result<InboxDepth, StoreError> {
+        let at_most = i64::try_from(at_most).unwrap_or(i64::MAX);
+        let queued = match door {
+            None => sqlx::query_scalar(QUEUED).bind(at_most),
+            Some(door) => sqlx::query_scalar(QUEUED_OF_DOOR).bind(at_most).bind(name_of(&door)),
+        };
+        let error = |error| self.error("inbox_depth", error);
+        let queued: i64 = queued.fetch_one(&self.pool).await.map_err(error)?;
+        let running: i64 = sqlx::query_scalar(RUNNING).bind(at_most).fetch_one(&self.pool).await.map_err(error)?;
+        Ok(InboxDepth { queued: queued.unsigned_abs(), running: running.unsigned_abs() })
     }
 }
 

@@ -5,7 +5,7 @@
 use sqlx::{Row, Sqlite, Transaction};
 
 use super::{SqliteStore, now};
-use crate::store::{Enqueued, InboxDepth, NewJob, Rejection, StoreError, name_of};
+use crate::store::{Door, Enqueued, InboxDepth, NewJob, Rejection, StoreError, name_of};
 
 const INSERT_JOB: &str = concat!(
     "INSERT INTO jobs (job_id, payload_digest, message, task, document, model, priority, deadline, size_bytes, door, origin, reply_target, ",
@@ -22,6 +22,11 @@ const INSERT_REJECTION: &str = concat!(
     now!(),
     ") ON CONFLICT DO NOTHING"
 );
+
+// A statement each: with a state or a door as parameter no plan could rest on the index of just those rows.
+const QUEUED: &str = "SELECT count(*) FROM (SELECT 1 FROM jobs WHERE state = 'queued' LIMIT $1)";
+const QUEUED_OF_DOOR: &str = "SELECT count(*) FROM (SELECT 1 FROM jobs WHERE state = 'queued' AND door = $2 LIMIT $1)";
+const RUNNING: &str = "SELECT count(*) FROM (SELECT 1 FROM jobs WHERE state = 'running' LIMIT $1)";
 
 impl SqliteStore {
     pub(super) async fn enqueue_all(&self, jobs: &[NewJob]) -> Result<Vec<Enqueued>, StoreError> {
@@ -99,12 +104,15 @@ impl SqliteStore {
         Ok(())
     }
 
-    pub(super) async fn depth(&self, at_most: u64) -> Result<InboxDepth, StoreError> {
-        let count = async |state: &str| -> Result<u64, StoreError> {
-            let sql = "SELECT count(*) FROM (SELECT 1 FROM jobs WHERE state = $1 LIMIT $2)";
-            let count = sqlx::query_scalar(sql).bind(state).bind(at_most as i64).fetch_one(&self.pool).await;
-            count.map(|count: i64| count as u64).map_err(|error| self.error("inbox_depth", error))
+    pub(super) async fn depth(&self, door: Option<Door>, at_most: u64) -> Result<InboxDepth, StoreError> {
+        let at_most = i64::try_from(at_most).unwrap_or(i64::MAX);
+        let queued = match door {
+            None => sqlx::query_scalar(QUEUED).bind(at_most),
+            Some(door) => sqlx::query_scalar(QUEUED_OF_DOOR).bind(at_most).bind(name_of(&door)),
         };
-        Ok(InboxDepth { queued: count("queued").await?, running: count("running").await? })
+        let error = |error| self.error("inbox_depth", error);
+        let queued: i64 = queued.fetch_one(&self.pool).await.map_err(error)?;
+        let running: i64 = sqlx::query_scalar(RUNNING).bind(at_most).fetch_one(&self.pool).await.map_err(error)?;
+        Ok(InboxDepth { queued: queued.unsigned_abs(), running: running.unsigned_abs() })
     }
 }

@@ -20,7 +20,7 @@ use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePool, SqlitePo
 use sqlx::{Sqlite, Transaction};
 
 use super::{
-    Access, AttemptReport, Beat, CancelOutcome, Claim, ClaimRequest, Enqueued, InboxDepth, JobDetail, JobFilter,
+    Access, AttemptReport, Beat, CancelOutcome, Claim, ClaimRequest, Door, Enqueued, InboxDepth, JobDetail, JobFilter,
     JobSummary, Lease, LeaseState, NewJob, OutboxEvent, Rejection, Replay, ReportTable, ReportView, Store, StoreError,
     StoreUrl, Swept,
 };
@@ -154,8 +154,8 @@ impl Store for SqliteStore {
         self.sweep_jobs().await
     }
 
-    async fn inbox_depth(&self, at_most: u64) -> Result<InboxDepth, StoreError> {
-        self.depth(at_most).await
+    async fn inbox_depth(&self, door: Option<Door>, at_most: u64) -> Result<InboxDepth, StoreError> {
+        self.depth(door, at_most).await
     }
 
     async fn outbox_take(&self, limit: u32, lease: Duration) -> Result<Vec<OutboxEvent>, StoreError> {
