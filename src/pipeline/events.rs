@@ -4,7 +4,7 @@
 
 use crate::engine::Progress;
 use crate::job::{Job, JobId, Stage};
-use crate::store::{AttemptReport, Lease};
+use crate::store::{AttemptReport, Lease, Swept};
 
 /// Something has happened.
 #[derive(Debug, Clone, Copy)]
@@ -21,6 +21,8 @@ pub enum Event<'a> {
     Ended { job: &'a Job, lease: Lease, report: &'a AttemptReport },
     /// An attempt was dropped, because another worker has the job by now.
     Lost { job: &'a Job, lease: Lease },
+    /// Jobs that nobody held any more were taken care of.
+    Swept { swept: Swept },
     /// The store does not answer; it is asked again.
     StoreUnavailable { operation: &'static str, reason: &'a str },
 }

@@ -10,6 +10,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
 use super::Pipeline;
+use super::events::Event;
 use super::work::{Held, Interrupt};
 use crate::store::{Beat, LeaseState, StoreError};
 
@@ -35,8 +36,9 @@ impl Pipeline {
             }
             if answered >= SWEEP_AFTER {
                 answered = 0;
-                if let Err(error) = self.parts.store.sweep().await {
-                    warn!(error.kind = "sweep", error.message = %error, "expired leases not swept");
+                match self.parts.store.sweep().await {
+                    Ok(swept) => self.parts.events.event(Event::Swept { swept }),
+                    Err(error) => warn!(error.kind = "sweep", error.message = %error, "expired leases not swept"),
                 }
             }
         }

@@ -91,6 +91,9 @@ pub trait Store: DropStore + ExportStore {
     /// Jobs queued, of one door or of all, and running, each counted up to `at_most` (an admission window needs no more).
     async fn inbox_depth(&self, door: Option<Door>, at_most: u64) -> Result<InboxDepth, StoreError>;
 
+    /// How long the oldest job and the oldest completion event wait.
+    async fn waits(&self) -> Result<Waits, StoreError>;
+
     /// Up to `limit` completion events that nobody else is sending, hidden from others for `lease`. They stay until confirmed.
     async fn outbox_take(&self, limit: u32, lease: Duration) -> Result<Vec<OutboxEvent>, StoreError>;
 

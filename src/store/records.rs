@@ -366,6 +366,26 @@ pub struct InboxDepth {
     pub running: u64,
 }
 
+/// How long the oldest things wait, by the database's clock.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Waits {
+    /// Since the oldest waiting job could be claimed; none if none waits, or those that wait are backing off.
+    pub job: Option<Duration>,
+    /// Since the job ended whose completion event waits for the longest; of the 1,000 that are next.
+    pub event: Option<Duration>,
+    /// Completion events that were given up, counted up to 1,000.
+    pub events_given_up: u64,
+}
+
+impl Waits {
+    /// From seconds, as SQL gives them; a clock that went back is no wait.
+    pub(super) fn of_seconds(job: Option<f64>, event: Option<f64>, events_given_up: i64) -> Self {
+        let wait =
+            |seconds: Option<f64>| seconds.map(|seconds| Duration::try_from_secs_f64(seconds).unwrap_or_default());
+        Self { job: wait(job), event: wait(event), events_given_up: events_given_up.unsigned_abs() }
+    }
+}
+
 /// A completion event to be sent.
 #[derive(Debug, Clone, PartialEq)]
 pub struct OutboxEvent {

@@ -29,6 +29,12 @@ impl Health {
         let parts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         parts.iter().filter_map(|(name, fault)| fault.as_ref().map(|fault| format!("{name}: {fault}"))).collect()
     }
+
+    /// Every part, and whether it does its work.
+    pub fn parts(&self) -> Vec<(Arc<str>, bool)> {
+        let parts = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        parts.iter().map(|(name, fault)| (Arc::clone(name), fault.is_none())).collect()
+    }
 }
 
 impl Component {

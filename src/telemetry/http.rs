@@ -7,6 +7,7 @@ use std::net::SocketAddr;
 use axum::Router;
 use axum::extract::State;
 use axum::http::StatusCode;
+use axum::response::IntoResponse;
 use axum::routing::get;
 use tokio::net::TcpListener;
 
@@ -27,9 +28,16 @@ pub async fn serve(
     let router = Router::new()
         .route("/healthz", get(|| async { "alive\n" }))
         .route("/readyz", get(ready))
-        .route("/metrics", get(|| async { ([("content-type", "text/plain; version=0.0.4")], metrics::text()) }))
+        .route("/metrics", get(measured))
         .with_state(health);
     axum::serve(listener, router).with_graceful_shutdown(over).await
+}
+
+async fn measured(State(health): State<Health>) -> impl IntoResponse {
+    for (part, is_ready) in health.parts() {
+        metrics::READY.set(&[&part], u64::from(is_ready));
+    }
+    ([("content-type", "text/plain; version=0.0.4")], metrics::text())
 }
 
 async fn ready(State(health): State<Health>) -> (StatusCode, String) {

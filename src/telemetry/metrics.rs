@@ -38,13 +38,26 @@ pub static RESULTS_WRITTEN: Series = Series::counter("apbd_results_written_total
 pub static ENGINE_ENDS: Series = Series::counter("apbd_engine_ends_total", "Engine processes that ended", &["reason"]);
 /// Jobs in the inbox, each state counted up to 100,000.
 pub static INBOX: Series = Series::gauge("apbd_inbox_jobs", "Jobs in the inbox", &["state"]);
+/// Wait of the oldest job that could be claimed; 0: none waits.
+pub static JOB_WAIT: Series =
+    Series::gauge("apbd_oldest_job_wait_seconds", "Wait of the oldest job that could be claimed", &[]);
+/// Wait of the oldest completion event; 0: none waits.
+pub static EVENT_WAIT: Series =
+    Series::gauge("apbd_oldest_event_wait_seconds", "Wait of the oldest completion event since its job ended", &[]);
+/// Completion events that were given up and are kept for people, counted up to 1,000.
+pub static EVENTS_GIVEN_UP: Series =
+    Series::gauge("apbd_events_kept", "Completion events that were given up and are kept", &[]);
+/// Jobs that nobody held any more, by what became of them.
+pub static SWEPT: Series = Series::counter("apbd_swept_total", "Jobs that nobody held any more", &["outcome"]);
+/// Parts of the process: 1 if it does its work.
+pub static READY: Series = Series::gauge("apbd_ready", "Whether a part of the daemon does its work", &["part"]);
 /// Time by stage.
 pub static STAGE_SECONDS: Histogram =
     Histogram::new("apbd_stage_seconds", "Time of finished attempts by stage", "stage");
 
-/// All of them, as Prometheus reads it.
-pub fn text() -> String {
-    let all = [
+/// All series, in the order in which they are shown.
+fn all() -> Vec<&'static Series> {
+    vec![
         &INTAKE,
         &REJECTED,
         &DROPS,
@@ -58,9 +71,24 @@ pub fn text() -> String {
         &RESULTS_WRITTEN,
         &ENGINE_ENDS,
         &INBOX,
-    ];
+        &JOB_WAIT,
+        &EVENT_WAIT,
+        &EVENTS_GIVEN_UP,
+        &SWEPT,
+        &READY,
+    ]
+}
+
+/// Every metric's name, kind and labels; of a histogram the name without its endings.
+pub fn declared() -> Vec<(&'static str, &'static str, Vec<&'static str>)> {
+    let series = all().into_iter().map(|series| (series.name, series.kind, series.labels.to_vec()));
+    series.chain([(STAGE_SECONDS.name, "histogram", vec![STAGE_SECONDS.label, "le"])]).collect()
+}
+
+/// All of them, as Prometheus reads it.
+pub fn text() -> String {
     let mut out = String::new();
-    all.iter().for_each(|series| series.write(&mut out));
+    all().into_iter().for_each(|series| series.write(&mut out));
     STAGE_SECONDS.write(&mut out);
     out
 }
@@ -102,9 +130,13 @@ impl Series {
     fn write(&self, out: &mut String) {
         head(out, self.name, self.help, self.kind);
         let values = self.values.lock().unwrap_or_else(PoisonError::into_inner);
+        // Without labels there is one series, and it is there before anything has happened.
+        if self.labels.is_empty() && values.is_empty() {
+            let _ = writeln!(out, "{} 0", self.name);
+        }
         for (labels, value) in values.iter() {
             let pairs: Vec<String> =
-                self.labels.iter().zip(labels).map(|(name, value)| format!("{name}=\"{value}\"")).collect();
+                self.labels.iter().zip(labels).map(|(name, value)| format!("{name}=\"{}\"", escaped(value))).collect();
             let labels = if pairs.is_empty() { String::new() } else { format!("{{{}}}", pairs.join(",")) };
             let _ = writeln!(out, "{}{labels} {value}", self.name);
         }
@@ -174,6 +206,11 @@ impl Histogram {
     }
 }
 
+/// A label's value as the text form has it: the name of a place may have anything in it.
+fn escaped(value: &str) -> String {
+    value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+}
+
 fn head(out: &mut String, name: &str, help: &str, kind: &str) {
     let _ = writeln!(out, "# HELP {name} {help}\n# TYPE {name} {kind}");
 }
@@ -186,9 +223,16 @@ mod tests {
     fn the_text_form_is_prometheus() {
         static JOBS: Series = Series::counter("jobs_total", "Jobs", &["state", "code"]);
         static TIME: Histogram = Histogram::new("time", "Time", "stage");
+        static ODD: Series = Series::gauge("odd", "Odd", &["part"]);
+        static NONE: Series = Series::counter("none_total", "None", &[]);
         JOBS.add(&["failed", "x"], 2);
         JOBS.add(&["failed", "x"], 1);
         TIME.observe("fetch", Duration::from_millis(70));
+        ODD.set(&["a\"b\\"], 1);
+        let mut odd = String::new();
+        ODD.write(&mut odd);
+        NONE.write(&mut odd);
+        assert!(odd.contains("odd{part=\"a\\\"b\\\\\"} 1\n") && odd.ends_with("\nnone_total 0\n"), "{odd}");
         let mut out = String::new();
         JOBS.write(&mut out);
         TIME.write(&mut out);

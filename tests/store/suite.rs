@@ -116,7 +116,7 @@ pub async fn enqueueing_twice_is_enqueueing_once(fresh: Fresh) {
     let answers = store.enqueue(&[first.clone(), first.clone(), other.clone()]).await.expect("enqueued");
     assert_eq!(answers, [Enqueued::Inserted, Enqueued::Duplicate { state: JobState::Queued }, Enqueued::Conflict]);
     assert_eq!(store.enqueue(&[other]).await.expect("enqueued"), [Enqueued::Conflict]);
-    for (door, queued) in [(None, 1), (Some(first.door), 1), (Some(Door::Submit), 0)] {
+    for (door, queued) in [(None, 1), (Some(first.door), 1), (Some(Door::Amqp), 0)] {
         assert_eq!(store.inbox_depth(door, 10).await.expect("counted").queued, queued, "{door:?}");
     }
     let claimed = claim(store, 10).await;

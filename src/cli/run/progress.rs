@@ -176,7 +176,7 @@ impl EventSink for RunProgress {
                 console::line(&format!("waiting for the database ({operation}): {reason}"))
             }
             Event::Lost { job, .. } => console::line(&format!("{}: another process has taken it over", job.id)),
-            Event::Claimed { .. } | Event::Entered { .. } => {}
+            Event::Claimed { .. } | Event::Entered { .. } | Event::Swept { .. } => {}
         }
     }
 }

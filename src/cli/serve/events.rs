@@ -4,13 +4,36 @@
 
 use tracing::{debug, info, warn};
 
-use crate::job::Stage;
+use crate::job::{Disposition, ErrorCode, Stage};
 use crate::pipeline::events::{Event, EventSink};
-use crate::store::{AttemptReport, Ending};
+use crate::store::{AttemptReport, Ending, JobState, Swept};
 use crate::telemetry::metrics;
 
+/// Why an engine's process ends.
+const ENGINE_ENDS: [&str; 5] = ["crashed", "hung", "device", "died_idle", "not_started"];
+
 /// To the log and the metrics.
-pub(super) struct Telemetry;
+pub(super) struct Telemetry(());
+
+impl Telemetry {
+    /// Shows what alerts are about as 0 from the start: of a series that first appears as 1 Prometheus sees no increase.
+    pub fn start() -> Self {
+        for code in ErrorCode::ALL {
+            for state in [JobState::Failed, JobState::Dead] {
+                metrics::ATTEMPTS.add(&[state.as_str(), code.as_str()], 0);
+            }
+            if code.disposition() == Disposition::Fail {
+                for door in ["amqp", "drop"] {
+                    metrics::REJECTED.add(&[door, code.as_str()], 0);
+                }
+            }
+        }
+        ENGINE_ENDS.iter().for_each(|reason| metrics::ENGINE_ENDS.add(&[reason], 0));
+        ["sent", "returned", "given_up"].iter().for_each(|outcome| metrics::EVENTS.add(&[outcome], 0));
+        sweep(Swept::default());
+        Self(())
+    }
+}
 
 impl EventSink for Telemetry {
     fn event(&self, event: Event<'_>) {
@@ -35,6 +58,12 @@ impl EventSink for Telemetry {
                 metrics::LEASES_LOST.add(&[], 1);
                 warn!(job.id = %job.id, job.attempt = %lease.attempt, "another worker has the job by now");
             }
+            Event::Swept { swept } => {
+                sweep(swept);
+                if swept != Swept::default() {
+                    warn!(swept.requeued, swept.quarantined, swept.expired, swept.cancelled, "jobs that nobody held");
+                }
+            }
             Event::StoreUnavailable { operation, reason } => {
                 metrics::STORE_FAILURES.add(&[operation], 1);
                 warn!(store.operation = operation, error.message = reason, "the store does not answer");
@@ -43,6 +72,13 @@ impl EventSink for Telemetry {
             Event::Prompted { .. } | Event::Progressed { .. } => {}
         }
     }
+}
+
+fn sweep(swept: Swept) {
+    let Swept { requeued, quarantined, expired, cancelled } = swept;
+    let outcomes =
+        [("requeued", requeued), ("quarantined", quarantined), ("expired", expired), ("cancelled", cancelled)];
+    outcomes.iter().for_each(|(outcome, jobs)| metrics::SWEPT.add(&[outcome], *jobs));
 }
 
 fn count(report: &AttemptReport) {

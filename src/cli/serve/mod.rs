@@ -6,6 +6,7 @@
 //! Invariant: every task that was started has ended when this returns.
 
 mod events;
+mod gauges;
 mod reload;
 
 use std::collections::BTreeMap;
@@ -139,7 +140,7 @@ impl Daemon {
             documents: self.documents(),
             prompter: Arc::new(prompter(model)?),
             engine,
-            events: Arc::new(events::Telemetry),
+            events: Arc::new(events::Telemetry::start()),
         };
         let doors = self.open_doors(&shutdown);
         let flushed = CancellationToken::new();
@@ -153,11 +154,12 @@ impl Daemon {
         }
         let writing =
             writer.map(|writer| tokio::spawn(writer.run(flushed.clone().cancelled_owned(), shutdown.clone())));
+        let sampling = tokio::spawn(gauges::sample(self.store.clone(), flushed.clone().cancelled_owned()));
         self.start.ready();
         info!(worker.pid = process::id(), "serving");
         let worked = Pipeline::new(parts, self.settings()).run(shutdown.clone()).await;
         flushed.cancel();
-        for task in doors.into_iter().chain(outbox).chain(writing) {
+        for task in doors.into_iter().chain(outbox).chain(writing).chain([sampling]) {
             if let Err(error) = task.await {
                 warn!(error.message = %error, "a task of the daemon ended badly");
             }

@@ -11,7 +11,7 @@ use super::PostgresStore;
 use super::rows::{attempt, failures, stage_times, tokens};
 use crate::job::{Digest, DocumentFacts, JobId, JobResult, Priority, ResultFlags};
 use crate::store::{
-    AttemptRecord, DocumentRecord, JobDetail, JobFilter, JobSummary, ReportTable, ReportView, StoreError,
+    AttemptRecord, DocumentRecord, JobDetail, JobFilter, JobSummary, ReportTable, ReportView, StoreError, Waits,
 };
 
 const LIST: &str = "\
@@ -21,7 +21,19 @@ ORDER BY enqueued_at DESC, job_id LIMIT $3";
 
 const OPERATION: &str = "show";
 
+/// The wait since `available_at`, not since the enqueueing: a job that was replayed, or that a back-off held up, has not waited before.
+const WAITS: &str = "\
+SELECT (SELECT extract(epoch FROM now() - min(available_at)) FROM jobs WHERE state = 'queued' AND available_at <= now())::double precision AS job, \
+       (SELECT extract(epoch FROM now() - min(j.finished_at)) FROM jobs j \
+        JOIN (SELECT job_id FROM outbox WHERE given_up IS NULL ORDER BY available_at LIMIT 1000) AS o USING (job_id))::double precision AS event, \
+       (SELECT count(*) FROM (SELECT FROM outbox WHERE given_up IS NOT NULL LIMIT 1000) AS g) AS given_up";
+
 impl PostgresStore {
+    pub(super) async fn longest_waits(&self) -> Result<Waits, StoreError> {
+        let row = sqlx::query(WAITS).fetch_one(&self.pool).await.map_err(|error| self.error("waits", error))?;
+        Ok(Waits::of_seconds(row.get("job"), row.get("event"), row.get("given_up")))
+    }
+
     pub(super) async fn summaries(&self, filter: &JobFilter) -> Result<Vec<JobSummary>, StoreError> {
         let states: Vec<&str> = filter.states.iter().map(|state| state.as_str()).collect();
         let only = filter.only.as_ref().map(|jobs| jobs.iter().map(|job| job.uuid()).collect::<Vec<_>>());

@@ -27,7 +27,7 @@ use sqlx::{Postgres, Transaction};
 use super::{
     Access, AttemptReport, Beat, CancelOutcome, Claim, ClaimRequest, Door, Enqueued, InboxDepth, JobDetail, JobFilter,
     JobSummary, Lease, LeaseState, NewJob, OutboxEvent, Rejection, Replay, ReportTable, ReportView, Store, StoreError,
-    StoreUrl, Swept,
+    StoreUrl, Swept, Waits,
 };
 use crate::job::retry::RetryPolicy;
 use crate::job::{JobId, WorkerId};
@@ -144,6 +144,10 @@ impl Store for PostgresStore {
 
     async fn inbox_depth(&self, door: Option<Door>, at_most: u64) -> Result<InboxDepth, StoreError> {
         self.depth(door, at_most).await
+    }
+
+    async fn waits(&self) -> Result<Waits, StoreError> {
+        self.longest_waits().await
     }
 
     async fn outbox_take(&self, limit: u32, lease: Duration) -> Result<Vec<OutboxEvent>, StoreError> {

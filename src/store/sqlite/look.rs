@@ -6,12 +6,12 @@ use serde_json::{Value, json};
 use sqlx::sqlite::SqliteRow;
 use sqlx::{AssertSqlSafe, Column, Row, TypeInfo, ValueRef};
 
-use super::SqliteStore;
 use super::rows::{stage_times, tokens};
 use super::work::{attempt_columns, failures};
+use super::{SqliteStore, now};
 use crate::job::{Attempt, Digest, DocumentFacts, JobId, JobResult, OverflowHandling, Priority, ResultFlags};
 use crate::store::{
-    AttemptRecord, DocumentRecord, JobDetail, JobFilter, JobSummary, ReportTable, ReportView, StoreError,
+    AttemptRecord, DocumentRecord, JobDetail, JobFilter, JobSummary, ReportTable, ReportView, StoreError, Waits,
 };
 
 /// `$1` and `$2` are JSON lists or NULL.
@@ -21,7 +21,24 @@ const LIST: &str = "SELECT j.*, coalesce(r.model, j.model) AS served_by FROM job
 
 const OPERATION: &str = "show";
 
+/// The wait since `available_at`, not since the enqueueing: a job that was replayed, or that a back-off held up, has not waited before.
+const WAITS: &str = concat!(
+    "SELECT (SELECT (",
+    now!(),
+    " - min(available_at)) / 1000.0 FROM jobs WHERE state = 'queued' AND available_at <= ",
+    now!(),
+    ") AS job, (SELECT (",
+    now!(),
+    " - min(j.finished_at)) / 1000.0 FROM jobs j JOIN (SELECT job_id FROM outbox WHERE given_up IS NULL ORDER BY available_at LIMIT 1000) AS o \
+       USING (job_id)) AS event, (SELECT count(*) FROM (SELECT 1 FROM outbox WHERE given_up IS NOT NULL LIMIT 1000)) AS given_up"
+);
+
 impl SqliteStore {
+    pub(super) async fn longest_waits(&self) -> Result<Waits, StoreError> {
+        let row = sqlx::query(WAITS).fetch_one(&self.pool).await.map_err(|error| self.error("waits", error))?;
+        Ok(Waits::of_seconds(row.get("job"), row.get("event"), row.get("given_up")))
+    }
+
     pub(super) async fn summaries(&self, filter: &JobFilter) -> Result<Vec<JobSummary>, StoreError> {
         let states = (!filter.states.is_empty()).then(|| json!(filter.states).to_string());
         let only = filter.only.as_ref().map(|jobs| json!(jobs).to_string());
