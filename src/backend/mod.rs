@@ -133,6 +133,24 @@ pub struct KvMut<'a, M> {
     pub first_row: usize,
 }
 
+/// What is wanted of a row's logits.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Wanted {
+    /// The logits themselves.
+    Logits,
+    /// A token, as [`Backend::choose_token`] chooses it: temperature, nucleus and draw.
+    Token((f32, f32, f32)),
+}
+
+/// What came of a row's logits.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Next {
+    /// `vocab` logits: they were wanted, the backend does not choose, or one of them is not finite.
+    Logits(Vec<f32>),
+    /// The token that was chosen.
+    Token(u32),
+}
+
 /// A device that can run the layers. One value per rank; it owns its threads or its stream.
 ///
 /// Operations are issued in order and may be asynchronous; only the methods that return host data wait for them.
@@ -209,6 +227,23 @@ pub trait Backend: Send + Sync {
         qkv: &mut Self::Matrix,
         kv: KvMut<'_, Self::Matrix>,
     ) -> Result<(), BackendError>;
+
+    /// As [`Backend::rope_store`] for the first rows of `qkv`, each of which belongs to another sequence: row `i` has `positions[i]`, and its key and value
+    /// go to `places[i]`. What a batch of decodes needs; a device may well do it in one launch.
+    fn rope_store_each(
+        &self,
+        shape: HeadShape,
+        positions: &[u32],
+        inv_freq: &[f32],
+        scale: f32,
+        qkv: &mut Self::Matrix,
+        places: Vec<KvMut<'_, Self::Matrix>>,
+    ) -> Result<(), BackendError> {
+        for (row, place) in places.into_iter().enumerate() {
+            self.rope_store(shape, row..row + 1, &positions[row..=row], inv_freq, scale, qkv, place)?;
+        }
+        Ok(())
+    }
 
     /// Retaining-head scores `out[h, i] = w2[h] · silu(w1 · qkv[i])` for the first `rows` rows, before RoPE: `out` is `[kv_heads, rows]`.
     fn retaining_scores(
@@ -336,6 +371,29 @@ pub trait Backend: Send + Sync {
         _choice: (f32, f32, f32),
     ) -> Result<Option<u32>, BackendError> {
         Ok(None)
+    }
+
+    /// For each of the first `wanted.len()` rows of `x` what is wanted of it, as [`Backend::logits`] and [`Backend::choose_token`] give it: the next tokens
+    /// of a batch. A device may well read the language-model head once for all of them.
+    fn next_tokens(
+        &self,
+        x: &Self::Matrix,
+        norm: &Self::Weight,
+        epsilon: f32,
+        head: &Self::Weight,
+        wanted: &[Wanted],
+    ) -> Result<Vec<Next>, BackendError> {
+        let next = |(row, wanted): (usize, &Wanted)| {
+            let chosen = match wanted {
+                Wanted::Logits => None,
+                Wanted::Token(choice) => self.choose_token(x, row, norm, epsilon, head, *choice)?,
+            };
+            match chosen {
+                Some(token) => Ok(Next::Token(token)),
+                None => Ok(Next::Logits(self.logits(x, row, norm, epsilon, head)?)),
+            }
+        };
+        wanted.iter().enumerate().map(next).collect()
     }
 
     /// Called between layers. A device that runs behind the host lets it get ahead by a few calls at most, so that a caller who

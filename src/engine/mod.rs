@@ -92,8 +92,15 @@ pub struct EngineInfo {
     pub max_tokens: usize,
     /// Whether the model has retaining heads.
     pub has_retaining_heads: bool,
+    /// Inferences that it makes sense to bring at the same time: while one prefills, the others generate together.
+    #[serde(default = "one")]
+    pub concurrency: usize,
     /// Name of the device or devices.
     pub device: String,
+}
+
+fn one() -> usize {
+    1
 }
 
 /// Why an inference gave nothing.
@@ -132,7 +139,7 @@ pub enum EngineError {
 /// Called from the engine's thread between layers and tokens; returning `false` cancels the inference.
 pub type Observer<'a> = &'a (dyn Fn(Progress) -> bool + Sync);
 
-/// An engine that is ready. Calls block; the pipeline gives them a thread.
+/// An engine that is ready. Calls block; the pipeline gives them threads, as many as the engine's concurrency.
 pub trait Engine: Send + Sync {
     /// What it serves.
     fn info(&self) -> EngineInfo;

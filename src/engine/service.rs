@@ -130,6 +130,7 @@ impl<D: Devices> Engine for ModelEngine<D> {
             model_digest: self.digest.clone(),
             max_tokens: self.spec.max_positions,
             has_retaining_heads: self.has_retaining_heads(),
+            concurrency: 1,
             device: self.devices.name(),
         }
     }

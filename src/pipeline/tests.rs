@@ -43,6 +43,7 @@ impl Engine for Scripted {
             model_digest: "none".to_owned(),
             max_tokens: 4096,
             has_retaining_heads: false,
+            concurrency: 1,
             device: "none".to_owned(),
         }
     }

@@ -56,6 +56,7 @@ impl Engine for AtOnce {
             model_digest: name.clone(),
             max_tokens: 65_536,
             has_retaining_heads: false,
+            concurrency: 1,
             device: name,
         }
     }
