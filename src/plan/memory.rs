@@ -42,7 +42,7 @@ impl Footprint {
     fn activations(&self, elements: usize) -> u64 {
         elements as u64 * self.element_bytes as u64
     }
-    /// Bytes of a row of keys and its values as passing blocks travel in FP8: a code for each element, a factor for each head, whole 16 bytes.
+    /// Bytes of a row of keys and its values as passing blocks travel in FP8: a code for each element, a scale for each head, whole 16 bytes.
     fn quantized_row_bytes(&self) -> usize {
         (2 * self.kv_width() + 2 * self.kv_heads * size_of::<f32>()).next_multiple_of(16)
     }

@@ -15,3 +15,4 @@ mod oracle;
 mod runs;
 mod service;
 mod strategies;
+mod unruly;
