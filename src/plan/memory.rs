@@ -52,7 +52,7 @@ impl Footprint {
             + scores(stacked * self.heads)
             + self.scratch_bytes
     }
-    /// Bytes of a row of keys and its values as passing blocks travel in FP8: a code for each element, a factor for each head, whole 16 bytes.
+    /// Bytes of a row of keys and its values as passing blocks travel in FP8: a code for each element, a scale for each head, whole 16 bytes.
     fn quantized_row_bytes(&self) -> usize {
         (2 * self.kv_width() + 2 * self.kv_heads * size_of::<f32>()).next_multiple_of(16)
     }

@@ -15,6 +15,7 @@ mod layers;
 mod parity;
 mod partials;
 mod selection;
+mod travel;
 mod values;
 mod weights;
 
@@ -54,6 +55,7 @@ fn main() -> ExitCode {
         layers::TESTS,
         partials::TESTS,
         selection::TESTS,
+        travel::TESTS,
         weights::TESTS,
         failures::TESTS,
     ];

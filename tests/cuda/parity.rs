@@ -9,7 +9,7 @@ use apbd::engine::{
 };
 use apbd::generate::generator::Step;
 use apbd::generate::sampler::argmax;
-use apbd::plan::{AttentionMode, AttentionRequest, Selector};
+use apbd::plan::{AttentionMode, AttentionRequest, Execution, PassingType, Selector};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
@@ -74,14 +74,20 @@ fn requests(heads: bool) -> Vec<AttentionRequest> {
         passing: Some(16),
         selector,
         query_in_anchor: None,
+        execution: Execution::default(),
     };
     let mut requests = vec![
         AttentionRequest { mode: Some(AttentionMode::Full), ..AttentionRequest::default() },
         AttentionRequest { mode: Some(AttentionMode::Ring), hosts: Some(3), ..AttentionRequest::default() },
+        AttentionRequest { mode: Some(AttentionMode::Ulysses), hosts: Some(3), ..AttentionRequest::default() },
         AttentionRequest { mode: Some(AttentionMode::Star), hosts: Some(4), ..AttentionRequest::default() },
         of(AttentionMode::Apb, Some(Selector::QueryAware)),
         of(AttentionMode::Apb, Some(Selector::Random { seed: 7 })),
         of(AttentionMode::Apb, Some(Selector::None)),
+        AttentionRequest {
+            execution: Execution { passing_type: PassingType::Fp8, ..Execution::default() },
+            ..of(AttentionMode::Apb, Some(Selector::Random { seed: 7 }))
+        },
     ];
     if heads {
         requests.push(of(AttentionMode::Apb, Some(Selector::RetainingHead)));

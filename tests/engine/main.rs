@@ -16,3 +16,4 @@ mod oracle;
 mod runs;
 mod service;
 mod strategies;
+mod unruly;

@@ -17,6 +17,7 @@ mod modules;
 mod pace;
 mod partials;
 mod profile;
+mod quantized;
 mod selection;
 mod weights;
 
@@ -386,6 +387,35 @@ impl Backend for Cuda {
     ) -> Result<(), BackendError> {
         self.mark("unstack_columns")?;
         self.run_unstack_columns(src, src_row, rows, groups, (dst, dst_row))
+    }
+
+    fn quantized_kv(&self, shape: HeadShape, rows: usize) -> Result<CudaMatrix, BackendError> {
+        self.run_quantized_kv(shape, rows)
+    }
+
+    fn quantize_kv(
+        &self,
+        shape: HeadShape,
+        kv: KvRef<'_, CudaMatrix>,
+        row: usize,
+        rows: usize,
+        out: &mut CudaMatrix,
+        out_row: usize,
+    ) -> Result<(), BackendError> {
+        self.mark("quantize_kv")?;
+        self.run_quantize_kv(shape, kv, row, rows, (out, out_row))
+    }
+
+    fn restore_kv(
+        &self,
+        shape: HeadShape,
+        from: &CudaMatrix,
+        row: usize,
+        rows: usize,
+        kv: KvMut<'_, CudaMatrix>,
+    ) -> Result<(), BackendError> {
+        self.mark("restore_kv")?;
+        self.run_restore_kv(shape, from, row, rows, kv)
     }
 
     fn logits(

@@ -116,6 +116,8 @@ functions! {
     top_k in "top_k";
     gather_kv in "gather_kv";
     move_columns in "columns";
+    quantize_kv in "passing_fp8";
+    restore_kv in "passing_fp8";
     argmax in "choose";
     draw_token in "choose";
     merge in "merge";
