@@ -6,6 +6,8 @@ mod attention;
 mod control;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "cuda")]
+mod cuda_comm;
 mod decode;
 pub mod devices;
 mod digest;
