@@ -9,6 +9,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod attention;
+mod collectives;
 mod failures;
 mod kept;
 mod layers;
@@ -69,6 +70,7 @@ fn main() -> ExitCode {
         };
         Trial::test(*name, run).with_ignored_flag(ignored)
     }));
+    trials.extend(collectives::trials(device.lock().unwrap().is_some()));
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 

@@ -58,7 +58,7 @@ struct Options {
     /// Numbers of those GPUs; by default the first ones.
     #[arg(long, value_name = "N,N", value_delimiter = ',')]
     devices: Vec<usize>,
-    /// Hosts of star and APB.
+    /// Hosts of all strategies but full.
     #[arg(long, value_name = "N", default_value_t = 8)]
     hosts: usize,
     /// Anchor length; by default the paper's for the context.
@@ -67,6 +67,8 @@ struct Options {
     /// Passing length; by default the paper's for the context.
     #[arg(long, value_name = "N")]
     passing: Option<usize>,
+    #[command(flatten)]
+    execution: super::execution::ExecutionArgs,
     /// Hidden units of the retaining heads.
     #[arg(long, value_name = "N", default_value_t = 1024)]
     head_width: usize,
@@ -91,6 +93,7 @@ struct Options {
 enum Strategy {
     Full,
     Ring,
+    Ulysses,
     Star,
     Apb,
 }
