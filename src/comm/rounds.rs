@@ -192,10 +192,14 @@ impl Rounds {
         state.aborted.clone()
     }
 
-    /// Ends the communicator because of what `rank` has met.
+    /// Ends the communicator because of what `rank` has met; `false` if it had ended before.
     #[cfg(feature = "cuda")]
-    pub(super) fn fail(&self, rank: usize, error: &CommError) {
-        self.abort(rank, &error.to_string());
+    pub(super) fn fail(&self, rank: usize, error: &CommError) -> bool {
+        let mut state = self.lock();
+        let is_first = state.aborted.is_none();
+        state.abort(rank, &error.to_string());
+        self.wake_all();
+        is_first
     }
 
     /// Waits until every rank has come to a round and returns what they brought, by rank.

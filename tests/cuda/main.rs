@@ -16,6 +16,7 @@ mod layers;
 mod parity;
 mod partials;
 mod selection;
+mod several;
 mod values;
 mod weights;
 
@@ -70,7 +71,9 @@ fn main() -> ExitCode {
         };
         Trial::test(*name, run).with_ignored_flag(ignored)
     }));
-    trials.extend(collectives::trials(device.lock().unwrap().is_some()));
+    let there_is_a_device = device.lock().unwrap().is_some();
+    trials.extend(collectives::trials(there_is_a_device));
+    trials.extend(several::trials(there_is_a_device));
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 

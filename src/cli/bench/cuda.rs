@@ -8,7 +8,7 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 use serde_json::json;
 
-use super::report::{Row, print};
+use super::report::{Row, print, rounded};
 use super::{Options, Strategy, What, attention, ceilings, decode, prefill};
 use crate::backend::cuda::{Cuda, CudaOptions};
 use crate::cli::device::gpus;
@@ -71,7 +71,7 @@ pub(super) fn plan(
     engine: &CudaEngine,
     tokens: usize,
     strategy: Strategy,
-) -> Result<PrefillPlan, CliError> {
+) -> Result<PrefillPlan, EngineError> {
     let (mode, hosts) = match strategy {
         Strategy::Full => (AttentionMode::Full, None),
         Strategy::Ring => (AttentionMode::Ring, Some(options.hosts)),
@@ -87,14 +87,26 @@ pub(super) fn plan(
         execution: options.execution.of_plan(),
         ..AttentionRequest::default()
     };
-    engine.plan(tokens, options.query, 0, &request).map_err(engine_failed)
+    engine.plan(tokens, options.query, 0, &request)
+}
+
+/// A row that says why there are no figures, where it is the memory.
+pub(super) fn refusal(options: &Options, tokens: usize, strategy: Strategy, error: EngineError) -> Result<Row, CliError> {
+    let EngineError::Memory { needed_bytes, available_bytes, .. } = error else { return Err(engine_failed(error)) };
+    let gib = |bytes: u64| rounded(bytes as f64 / f64::from(1 << 30), 1);
+    let json = json!({
+        "what": "out of memory", "shape": options.shape.as_str(), "attention": format!("{strategy:?}").to_lowercase(), "tokens": tokens,
+        "hosts": options.hosts, "gpus": options.gpus(), "needed_gib": gib(needed_bytes), "available_gib": gib(available_bytes)
+    });
+    Ok(json.as_object().cloned().unwrap_or_default())
 }
 
 /// What a row says of the run it belongs to.
 pub(super) fn row(options: &Options, plan: &PrefillPlan) -> Row {
     let json = json!({
         "what": "", "shape": options.shape.as_str(), "attention": format!("{:?}", plan.mode).to_lowercase(), "tokens": plan.context,
-        "hosts": plan.hosts.len(), "gpus": plan.active_ranks(options.gpus())
+        "hosts": plan.hosts.len(), "gpus": plan.active_ranks(options.gpus()), "placement": plan.execution.placement, "overlap": plan.execution.overlap,
+        "passing_type": plan.execution.passing_type
     });
     json.as_object().cloned().unwrap_or_default()
 }

@@ -25,7 +25,8 @@ pub(super) fn measure(options: &Options, rows: &mut Vec<Row>) -> Result<(), CliE
     let copy_gb_s = rows.last().and_then(|row| row.get("copy_gb_s")?.as_f64()).unwrap_or(f64::NAN);
     for &tokens in &options.tokens {
         for &strategy in &options.attention {
-            let mut row = one(options, &engine, &plan(options, &engine, tokens, strategy)?)?;
+            let plan = plan(options, &engine, tokens, strategy).map_err(engine_failed)?;
+            let mut row = one(options, &engine, &plan)?;
             // A copy reads and writes; reading alone is as fast per byte that passes.
             let cache = options.kv_cache.of_cuda();
             let floor = bytes_a_token(engine.spec(), tokens, cache) / copy_gb_s / 1e6;

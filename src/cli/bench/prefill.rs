@@ -5,7 +5,7 @@
 use serde_json::json;
 
 use super::Options;
-use super::cuda::{engine, engine_failed, failed, plan, random_tokens, row};
+use super::cuda::{engine, engine_failed, failed, plan, random_tokens, refusal, row};
 use super::report::{Row, median, rounded};
 use crate::backend::BackendError;
 use crate::backend::cuda::{Cuda, WAITING};
@@ -18,7 +18,10 @@ pub(super) fn measure(options: &Options, rows: &mut Vec<Row>) -> Result<(), CliE
     let engine = engine(options, rows)?;
     for &tokens in &options.tokens {
         for &strategy in &options.attention {
-            rows.extend(one(options, &engine, &plan(options, &engine, tokens, strategy)?)?);
+            match plan(options, &engine, tokens, strategy) {
+                Ok(plan) => rows.extend(one(options, &engine, &plan)?),
+                Err(error) => rows.push(refusal(options, tokens, strategy, error)?),
+            }
         }
     }
     Ok(())

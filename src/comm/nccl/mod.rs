@@ -237,7 +237,7 @@ impl NcclComm {
     /// A call that is wrong by itself: the other ranks would wait for it in vain, so it ends the communicator.
     fn refuse(&self, op: &'static str, expected: String, got: String) -> CommError {
         let error = CommError::Mismatch { op, rank: self.shared.rank, expected, got };
-        self.shared.rounds.fail(self.shared.rank, &error);
+        let _ = self.shared.rounds.fail(self.shared.rank, &error);
         error
     }
 }
@@ -251,20 +251,27 @@ impl Shared {
         CommError::TimedOut { op, rank: self.rank, seconds: self.deadline.as_secs() }
     }
 
-    /// Ends the communicator because of what this rank has met.
+    /// Ends the communicator because of what this rank has met. What its caller is to be told comes back: what ended it first.
     fn fail(&self, error: CommError) -> CommError {
-        if !matches!(error, CommError::Aborted { .. }) {
-            self.rounds.fail(self.rank, &error);
-            self.met.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert_with(|| error.clone());
+        match self.rounds.fail(self.rank, &error) {
+            true => error,
+            false => self.check().err().unwrap_or(error),
         }
-        error
+    }
+
+    /// As [`Shared::fail`], with nobody there to be told: the caller learns it at its next call.
+    fn fail_later(&self, error: CommError) {
+        let mut met = self.met.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.rounds.fail(self.rank, &error) {
+            *met = Some(error);
+        }
     }
 
     /// That the communicator has ended, in the words of this rank where it was the one that ended it.
     fn own<T>(&self, result: Result<T, CommError>) -> Result<T, CommError> {
-        result.map_err(|error| match self.met.lock().unwrap_or_else(PoisonError::into_inner).take() {
-            Some(met) if matches!(error, CommError::Aborted { rank, .. } if rank == self.rank) => met,
-            _ => error,
+        result.map_err(|error| {
+            let met = self.met.lock().unwrap_or_else(PoisonError::into_inner).take();
+            met.unwrap_or(error)
         })
     }
 

@@ -21,7 +21,7 @@ pub(super) fn watch(shared: &Shared) {
             return shared.abort_device();
         }
         if let Err(error) = look(shared) {
-            shared.fail(error);
+            shared.fail_later(error);
             return shared.abort_device();
         }
     }
