@@ -36,7 +36,7 @@ pub struct ModelEngine<D: Devices> {
     group: Mutex<Option<Group>>,
 }
 
-impl<D: Devices + 'static> ModelEngine<D> {
+impl<D: Devices> ModelEngine<D> {
     /// `digest` tells models apart; `vocabulary` is needed by [`Engine::infer`] alone.
     pub fn new(
         name: String,
@@ -143,7 +143,7 @@ impl<D: Devices + 'static> ModelEngine<D> {
     }
 }
 
-impl<D: Devices + 'static> Engine for ModelEngine<D> {
+impl<D: Devices> Engine for ModelEngine<D> {
     fn info(&self) -> EngineInfo {
         EngineInfo {
             model: self.name.clone(),

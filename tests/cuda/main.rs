@@ -9,12 +9,14 @@
 #![allow(clippy::unwrap_used)]
 
 mod attention;
+mod collectives;
 mod failures;
 mod kept;
 mod layers;
 mod parity;
 mod partials;
 mod selection;
+mod several;
 mod travel;
 mod values;
 mod weights;
@@ -71,6 +73,9 @@ fn main() -> ExitCode {
         };
         Trial::test(*name, run).with_ignored_flag(ignored)
     }));
+    let there_is_a_device = device.lock().unwrap().is_some();
+    trials.extend(collectives::trials(there_is_a_device));
+    trials.extend(several::trials(there_is_a_device));
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 

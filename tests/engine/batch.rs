@@ -50,7 +50,7 @@ fn request(index: usize) -> (Vec<u32>, Vec<u32>, AttentionRequest, usize) {
     let request = AttentionRequest {
         mode: Some(modes[index % modes.len()]),
         hosts: Some(1 + index % 6),
-        selector: (index % 4 == 0).then_some(Selector::QueryAware),
+        selector: index.is_multiple_of(4).then_some(Selector::QueryAware),
         ..AttentionRequest::default()
     };
     let query = (0..query).map(|at| token(at + 1000)).collect();

@@ -1,7 +1,8 @@
 //! The CUDA backend: bf16 activations, our own kernels and cuBLASLt on one stream of one device.
 //!
 //! All device memory is taken at the start ([`CudaOptions::memory_bytes`]) and handed out from there; libraries are opened at run time.
-//! Invariant: everything is issued on one stream, in order; a piece of memory given back is safe to hand out again at once.
+//! Invariant: everything is computed on one stream, in order; a piece of memory given back is safe to hand out again at once, because what goes
+//! on beside that stream (a [`Lane`]) is waited for before its memory is given back.
 
 mod arena;
 mod attention;
@@ -10,7 +11,9 @@ mod blas;
 mod columns;
 mod driver;
 mod kept;
+mod lane;
 mod layers;
+mod links;
 mod matrix;
 mod measure;
 mod modules;
@@ -25,6 +28,8 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 pub use attention::AttentionPath;
+pub use lane::{Extent, Lane, Mark};
+pub use links::in_ring_order;
 pub use matrix::{CudaMatrix, CudaRows, CudaScores, CudaWeight};
 
 use super::{AttentionTask, Backend, BackendError, HeadShape, KvMut, KvRef, WeightView};
@@ -37,11 +42,16 @@ use modules::{Functions, Modules};
 /// Device memory left to the driver and to cuBLASLt's own needs.
 const RESERVED_BYTES: usize = 768 << 20;
 
+/// What the profile calls the time in which the device has nothing to compute until a collective has come.
+pub const WAITING: &str = "communication";
+
 /// How to use a device.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct CudaOptions {
     /// Device memory to take; absent: what is free, less a reserve.
     pub memory_bytes: Option<usize>,
+    /// What other libraries (NCCL) will want beside that reserve.
+    pub others_bytes: usize,
     /// Kernels to use for tasks of many queries.
     pub attention: AttentionPath,
     /// How keys and values are kept for decode.
@@ -106,7 +116,8 @@ impl Cuda {
         let attention = Attention::new(&modules, context.multiprocessors, options.attention)?;
         let stream = Stream::new(&context)?;
         let (free, _) = context.memory()?;
-        let arena = Arena::new(&context, options.memory_bytes.unwrap_or(free.saturating_sub(RESERVED_BYTES)))?;
+        let spared = RESERVED_BYTES + options.others_bytes;
+        let arena = Arena::new(&context, options.memory_bytes.unwrap_or(free.saturating_sub(spared)))?;
         let blas = Blas::new(&arena)?;
         Ok(Self {
             attention,
@@ -126,6 +137,11 @@ impl Cuda {
     /// The device's own name.
     pub fn device_name(&self) -> &str {
         &self.context.name
+    }
+
+    /// The device's number.
+    pub fn ordinal(&self) -> usize {
+        self.ordinal
     }
 
     /// Bytes that one operation takes at most, beside its operands; operations give them back when they end.

@@ -157,7 +157,7 @@ proptest! {
             let came = arrivals[id.0 as usize].at_step;
             let later = run.began.keys().filter(overtaking).count();
             // Beside those that were patient with it, some may have overtaken what prefilled: at most one for each quarter of it.
-            let most = PATIENCE as usize + 4 * (*id).0 as usize + 4;
+            let most = PATIENCE as usize + 4 * id.0 as usize + 4;
             prop_assert!(later <= most, "{id:?} came at {came}, {later} later ones began before it");
         }
     }
