@@ -7,8 +7,8 @@ use rand::{RngExt, SeedableRng};
 use serde_json::json;
 
 use super::report::{Row, print};
-use super::{Options, Strategy, What, attention, ceilings, decode, prefill};
-use crate::backend::cuda::{Cuda, CudaOptions};
+use super::{Options, ProductName, Strategy, What, attention, batch, ceilings, decode, prefill};
+use crate::backend::cuda::{Cuda, CudaOptions, ProductPath};
 use crate::cli::{CliError, Status};
 use crate::engine::{CudaDevices, CudaEngine, Engine, EngineError};
 use crate::model::weights::Weights;
@@ -19,7 +19,13 @@ pub(super) fn execute(what: &What) -> Result<Status, CliError> {
     let mut rows = Vec::new();
     let options = match what {
         What::Prefill(options) => prefill::measure(options, &mut rows).map(|()| options),
-        What::Decode(options) => decode::measure(options, &mut rows).map(|()| options),
+        What::Decode(options) if options.batch.is_empty() => {
+            decode::measure(&options.common, &mut rows).map(|()| &options.common)
+        }
+        What::Decode(options) => {
+            let batches: Vec<_> = options.batch.iter().map(|batch| usize::from(*batch)).collect();
+            batch::measure(&options.common, &batches, &mut rows).map(|()| &options.common)
+        }
         What::Attention(options) => attention::measure(options, &mut rows).map(|()| options),
     }?;
     print(&rows, options.format)?;
@@ -28,10 +34,31 @@ pub(super) fn execute(what: &What) -> Result<Status, CliError> {
 
 /// The first device, and its ceilings among the rows.
 pub(super) fn device(options: &Options, rows: &mut Vec<Row>) -> Result<Cuda, CliError> {
-    let device = CudaOptions { kv_cache: options.kv_cache.of_cuda(), ..CudaOptions::default() };
+    let (kv_cache, products) = (options.kv_cache.of_cuda(), options.products.of_cuda());
+    let device = CudaOptions { kv_cache, products, ..CudaOptions::default() };
     let cuda = Cuda::open(0, &device).map_err(failed)?;
     rows.push(ceilings::measure(&cuda, options).map_err(failed)?);
     Ok(cuda)
+}
+
+impl ProductName {
+    /// As the backend has it.
+    fn of_cuda(self) -> ProductPath {
+        match self {
+            Self::Skinny => ProductPath::Skinny,
+            Self::Vector => ProductPath::Vector,
+            Self::Library => ProductPath::Library,
+        }
+    }
+
+    /// The name as it is given on the command line.
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Self::Skinny => "skinny",
+            Self::Vector => "vector",
+            Self::Library => "library",
+        }
+    }
 }
 
 /// A model of random weights.
