@@ -9,6 +9,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod attention;
+mod batch;
 mod collectives;
 mod failures;
 mod kept;
@@ -53,6 +54,7 @@ fn main() -> ExitCode {
     let device = Arc::new(Mutex::new(device.ok()));
     let on_device = [
         attention::TESTS,
+        batch::TESTS,
         kept::TESTS,
         layers::TESTS,
         partials::TESTS,

@@ -5,6 +5,8 @@
 #[cfg(feature = "cuda")]
 mod attention;
 #[cfg(feature = "cuda")]
+mod batch;
+#[cfg(feature = "cuda")]
 mod ceilings;
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -34,8 +36,8 @@ pub struct Args {
 enum What {
     /// Prefills of whole documents, with the share of each stage.
     Prefill(Options),
-    /// Generated tokens after a prefill.
-    Decode(Options),
+    /// Generated tokens, of one document after a prefill or of several at a time.
+    Decode(DecodeOptions),
     /// The attention kernels alone.
     Attention(Options),
 }
@@ -75,6 +77,9 @@ struct Options {
     /// How keys and values are kept for decode.
     #[arg(long, value_enum, default_value_t = super::device::KvCacheName::Native)]
     kv_cache: super::device::KvCacheName,
+    /// Kernels of products of few rows.
+    #[arg(long, value_enum, default_value_t = ProductName::Skinny)]
+    products: ProductName,
     /// Query tokens.
     #[arg(long, value_name = "N", default_value_t = 64)]
     query: usize,
@@ -87,6 +92,27 @@ struct Options {
     /// How to print.
     #[arg(long, value_enum, default_value_t = Format::Table)]
     format: Format,
+}
+
+/// Options of decode.
+#[derive(Debug, Clone, clap::Args)]
+struct DecodeOptions {
+    #[command(flatten)]
+    common: Options,
+    /// Sequences that decode together, each over random keys and values of its own; without it one, after a prefill by each strategy.
+    #[arg(long, value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=64))]
+    batch: Vec<u16>,
+}
+
+/// Kernels of products of few rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum ProductName {
+    /// Ours for up to 32 rows.
+    Skinny,
+    /// The same from two rows on, and for one row ours for vectors.
+    Vector,
+    /// For one row ours for vectors, cuBLASLt for more.
+    Library,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
