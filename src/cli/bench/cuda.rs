@@ -9,7 +9,7 @@ use rand::{RngExt, SeedableRng};
 use serde_json::json;
 
 use super::report::{Row, print, rounded};
-use super::{Options, ProductName, Strategy, What, attention, batch, ceilings, decode, prefill};
+use super::{Options, ProductName, Strategy, What, attention, batch, ceilings, decode, mixed, prefill};
 use crate::backend::cuda::{Cuda, CudaOptions, ProductPath};
 use crate::cli::device::gpus;
 use crate::cli::{CliError, Status};
@@ -29,6 +29,7 @@ pub(super) fn execute(what: &What) -> Result<Status, CliError> {
             let batches: Vec<_> = options.batch.iter().map(|batch| usize::from(*batch)).collect();
             batch::measure(&options.common, &batches, &mut rows).map(|()| &options.common)
         }
+        What::Mixed(options) => mixed::measure(options, &mut rows).map(|()| &options.common),
         What::Attention(options) => attention::measure(options, &mut rows).map(|()| options),
     }?;
     print(&rows, options.format)?;

@@ -13,6 +13,8 @@ mod cuda;
 #[cfg(feature = "cuda")]
 mod decode;
 #[cfg(feature = "cuda")]
+mod mixed;
+#[cfg(feature = "cuda")]
 mod prefill;
 #[cfg(feature = "cuda")]
 mod report;
@@ -38,6 +40,8 @@ enum What {
     Prefill(Options),
     /// Generated tokens, of one document after a prefill or of several at a time.
     Decode(DecodeOptions),
+    /// A lot of documents of mixed lengths, all at once: documents an hour.
+    Mixed(MixedOptions),
     /// The attention kernels alone.
     Attention(Options),
 }
@@ -102,6 +106,25 @@ struct DecodeOptions {
     /// Sequences that decode together, each over random keys and values of its own; without it one, after a prefill by each strategy.
     #[arg(long, value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=64))]
     batch: Vec<u16>,
+}
+
+/// Options of a mixed lot.
+#[derive(Debug, Clone, clap::Args)]
+struct MixedOptions {
+    #[command(flatten)]
+    common: Options,
+    /// Documents.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    documents: usize,
+    /// Tokens of the shortest.
+    #[arg(long, value_name = "N", default_value = "4k", value_parser = tokens)]
+    shortest: usize,
+    /// Tokens of the longest.
+    #[arg(long, value_name = "N", default_value = "128k", value_parser = tokens)]
+    longest: usize,
+    /// Tokens that each generates.
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    new_tokens: usize,
 }
 
 /// Kernels of products of few rows.
