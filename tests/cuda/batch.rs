@@ -82,9 +82,7 @@ fn other_products(_: &Cuda) {
             cuda.linear(rows, &x.matrix(&cuda), &w.weight(&cuda), Some(&bias.weight(&cuda)), true, &mut out).unwrap();
             let of = |steps: Steps| {
                 let sum = product(&x, &w, steps);
-                Values::from_fn(rows, width, |i, j| {
-                    steps.of(steps.of(sum.at(i, j) + bias.at(0, j)) + before.at(i, j))
-                })
+                Values::from_fn(rows, width, |i, j| steps.of(steps.of(sum.at(i, j) + bias.at(0, j)) + before.at(i, j)))
             };
             judge(&format!("{path:?}, {rows} rows"), &Values::read(&cuda, &out, rows, width), of, 1e-3);
         }
@@ -249,7 +247,8 @@ fn alone_and_together(_: &Cuda) {
                 cuda.copy_rows(&values, 0, rows, &mut kept, 0).unwrap();
                 kept
             };
-            let caches: Vec<_> = (10u64..).zip(&lengths).map(|(i, rows)| (kept(i, *rows), kept(i + 20, *rows))).collect();
+            let caches: Vec<_> =
+                (10u64..).zip(&lengths).map(|(i, rows)| (kept(i, *rows), kept(i + 20, *rows))).collect();
             let sources: Vec<_> = caches.iter().map(|(k, v)| KvRef { k, v }).collect();
             let q = Values::random(1, lengths.len(), shape.qkv_width(), 2.0).matrix(&cuda);
             let run = |tasks: &[AttentionTask]| {

@@ -75,7 +75,9 @@ fn linear(cuda: &Cuda) {
 }
 
 fn mlp(cuda: &Cuda) {
-    for (rows, hidden, width) in [(1, 64, 136), (2, 64, 136), (11, 72, 24), (32, 64, 136), (33, 128, 264), (4099, 32, 24)] {
+    for (rows, hidden, width) in
+        [(1, 64, 136), (2, 64, 136), (11, 72, 24), (32, 64, 136), (33, 128, 264), (4099, 32, 24)]
+    {
         let (h, x) = (Values::random(1, rows, hidden, 1.0), Values::random(2, rows, hidden, 1.0));
         let (gate_up, down) = (Values::random(3, 2 * width, hidden, 0.3), Values::random(4, hidden, width, 0.3));
         let mut out = x.matrix(cuda);

@@ -10,12 +10,15 @@
 
 mod attention;
 mod batch;
+mod collectives;
 mod failures;
 mod kept;
 mod layers;
 mod parity;
 mod partials;
 mod selection;
+mod several;
+mod travel;
 mod values;
 mod weights;
 
@@ -56,6 +59,7 @@ fn main() -> ExitCode {
         layers::TESTS,
         partials::TESTS,
         selection::TESTS,
+        travel::TESTS,
         weights::TESTS,
         failures::TESTS,
     ];
@@ -71,6 +75,9 @@ fn main() -> ExitCode {
         };
         Trial::test(*name, run).with_ignored_flag(ignored)
     }));
+    let there_is_a_device = device.lock().unwrap().is_some();
+    trials.extend(collectives::trials(there_is_a_device));
+    trials.extend(several::trials(there_is_a_device));
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 

@@ -140,9 +140,8 @@ impl Attention {
             return self.run_fp8(stream, arena, call, tasks);
         }
         for family in [Family::Hopper, Family::Mma, Family::Chunk, Family::Decode] {
-            let belongs = |task: &&AttentionTask| {
-                !task.queries.is_empty() && self.kernels.family(call.shape, task) == family
-            };
+            let belongs =
+                |task: &&AttentionTask| !task.queries.is_empty() && self.kernels.family(call.shape, task) == family;
             self.launch_all(stream, arena, call, family, tasks.iter().filter(belongs).collect())?;
         }
         Ok(())
@@ -294,7 +293,8 @@ impl Attention {
         if lists.len() == KEPT_LISTS {
             lists.remove(0);
         }
-        lists.push((ListKey { tasks: tasks.iter().map(|&task| task.clone()).collect(), tiling: *tiling }, list.clone()));
+        lists
+            .push((ListKey { tasks: tasks.iter().map(|&task| task.clone()).collect(), tiling: *tiling }, list.clone()));
         Ok(list)
     }
 }

@@ -179,9 +179,8 @@ mod tests {
             (0..300usize).prop_map(Splitting::Together),
             (0..40usize).prop_map(Splitting::Alone)
         ];
-        (prop_oneof![Just(16usize), Just(64), Just(128)], 1..5usize, splitting, 1..9usize).prop_map(
-            |(rows, group, splitting, least_tiles)| Tiling { rows, keys: 32, group, splitting, least_tiles },
-        )
+        (prop_oneof![Just(16usize), Just(64), Just(128)], 1..5usize, splitting, 1..9usize)
+            .prop_map(|(rows, group, splitting, least_tiles)| Tiling { rows, keys: 32, group, splitting, least_tiles })
     }
 
     proptest! {

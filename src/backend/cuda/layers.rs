@@ -81,5 +81,4 @@ impl Cuda {
         // SAFETY: (1) checked above; `dst` is uniquely borrowed, so it is not `src`.
         unsafe { self.stream.copy(op, src.row(src_row), dst.row(dst_row), rows * src.cols * 2) }
     }
-
 }

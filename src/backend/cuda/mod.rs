@@ -1,16 +1,20 @@
 //! The CUDA backend: bf16 activations, our own kernels and cuBLASLt on one stream of one device.
 //!
 //! All device memory is taken at the start ([`CudaOptions::memory_bytes`]) and handed out from there; libraries are opened at run time.
-//! Invariant: everything is issued on one stream, in order; a piece of memory given back is safe to hand out again at once.
+//! Invariant: everything is computed on one stream, in order; a piece of memory given back is safe to hand out again at once, because what goes
+//! on beside that stream (a [`Lane`]) is waited for before its memory is given back.
 
 mod arena;
 mod attention;
 mod attention_kernels;
 mod attention_plan;
 mod blas;
+mod columns;
 mod driver;
 mod kept;
+mod lane;
 mod layers;
+mod links;
 mod matrix;
 mod measure;
 mod modules;
@@ -19,6 +23,7 @@ mod pace;
 mod partials;
 mod products;
 mod profile;
+mod quantized;
 mod rope;
 mod selection;
 mod weights;
@@ -27,6 +32,8 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 pub use attention_kernels::AttentionPath;
+pub use lane::{Extent, Lane, Mark};
+pub use links::in_ring_order;
 pub use matrix::{CudaMatrix, CudaRows, CudaScores, CudaWeight};
 pub use products::ProductPath;
 
@@ -42,11 +49,16 @@ use products::Skinny;
 /// Device memory left to the driver and to cuBLASLt's own needs.
 const RESERVED_BYTES: usize = 768 << 20;
 
+/// What the profile calls the time in which the device has nothing to compute until a collective has come.
+pub const WAITING: &str = "communication";
+
 /// How to use a device.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct CudaOptions {
     /// Device memory to take; absent: what is free, less a reserve.
     pub memory_bytes: Option<usize>,
+    /// What other libraries (NCCL) will want beside that reserve.
+    pub others_bytes: usize,
     /// Kernels to use for tasks of many queries.
     pub attention: AttentionPath,
     /// How keys and values are kept for decode.
@@ -115,7 +127,8 @@ impl Cuda {
         let attention = Attention::new(&modules, context.multiprocessors, options.attention)?;
         let stream = Stream::new(&context)?;
         let (free, _) = context.memory()?;
-        let arena = Arena::new(&context, options.memory_bytes.unwrap_or(free.saturating_sub(RESERVED_BYTES)))?;
+        let spared = RESERVED_BYTES + options.others_bytes;
+        let arena = Arena::new(&context, options.memory_bytes.unwrap_or(free.saturating_sub(spared)))?;
         let blas = Blas::new(&arena)?;
         Ok(Self {
             attention,
@@ -137,6 +150,11 @@ impl Cuda {
     /// The device's own name.
     pub fn device_name(&self) -> &str {
         &self.context.name
+    }
+
+    /// The device's number.
+    pub fn ordinal(&self) -> usize {
+        self.ordinal
     }
 
     /// Bytes that one operation takes at most, beside its operands; operations give them back when they end.
@@ -385,6 +403,61 @@ impl Backend for Cuda {
     ) -> Result<(), BackendError> {
         self.mark("copy_rows")?;
         self.run_copy_rows(src, src_row, rows, dst, dst_row)
+    }
+
+    fn stack_columns(
+        &self,
+        src: &CudaMatrix,
+        src_at: (usize, usize),
+        rows: usize,
+        groups: usize,
+        dst: &mut CudaMatrix,
+        dst_row: usize,
+    ) -> Result<(), BackendError> {
+        self.mark("stack_columns")?;
+        self.run_stack_columns(src, src_at, rows, groups, (dst, dst_row))
+    }
+
+    fn unstack_columns(
+        &self,
+        src: &CudaMatrix,
+        src_row: usize,
+        rows: usize,
+        groups: usize,
+        dst: &mut CudaMatrix,
+        dst_row: usize,
+    ) -> Result<(), BackendError> {
+        self.mark("unstack_columns")?;
+        self.run_unstack_columns(src, src_row, rows, groups, (dst, dst_row))
+    }
+
+    fn quantized_kv(&self, shape: HeadShape, rows: usize) -> Result<CudaMatrix, BackendError> {
+        self.run_quantized_kv(shape, rows)
+    }
+
+    fn quantize_kv(
+        &self,
+        shape: HeadShape,
+        kv: KvRef<'_, CudaMatrix>,
+        row: usize,
+        rows: usize,
+        out: &mut CudaMatrix,
+        out_row: usize,
+    ) -> Result<(), BackendError> {
+        self.mark("quantize_kv")?;
+        self.run_quantize_kv(shape, kv, row, rows, (out, out_row))
+    }
+
+    fn restore_kv(
+        &self,
+        shape: HeadShape,
+        from: &CudaMatrix,
+        row: usize,
+        rows: usize,
+        kv: KvMut<'_, CudaMatrix>,
+    ) -> Result<(), BackendError> {
+        self.mark("restore_kv")?;
+        self.run_restore_kv(shape, from, row, rows, kv)
     }
 
     fn logits(

@@ -125,6 +125,9 @@ functions! {
     query_scores in "query_aware";
     top_k in "top_k";
     gather_kv in "gather_kv";
+    move_columns in "columns";
+    quantize_kv in "passing_fp8";
+    restore_kv in "passing_fp8";
     choose_tokens in "choose";
     merge in "merge";
     merge_stacked in "merge_stacked";

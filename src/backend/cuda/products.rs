@@ -208,8 +208,7 @@ impl Cuda {
         let (from, weights, to) = (h.row(0), gate_up.piece.address(), joined.address());
         let up = Product { rows, cols, width, x: from, w: weights, bias: 0, accumulate: false, out: to };
         let (weights, out) = (down.piece.address(), x.row(0));
-        let back =
-            Product { rows, cols: width, width: down.rows, x: to, w: weights, bias: 0, accumulate: true, out };
+        let back = Product { rows, cols: width, width: down.rows, x: to, w: weights, bias: 0, accumulate: true, out };
         if self.products.taker(rows) == Taker::Skinny {
             self.skinny(Into::Swiglu, &up)?;
             return self.skinny(Into::Bf16, &back);
@@ -244,8 +243,7 @@ impl Cuda {
                 unsafe { self.stream.launch(&self.functions.gemv_f32, grid, THREADS, parameters) }
             }
             Taker::Library => {
-                let form =
-                    Form { rows, width: w.rows, inner: w.cols, wide: true, bias: false, accumulate: false };
+                let form = Form { rows, width: w.rows, inner: w.cols, wide: true, bias: false, accumulate: false };
                 // SAFETY: (1) by the caller's pieces.
                 unsafe { self.blas.multiply(&self.stream, form, Operands { x, w: weights, bias: 0, out }) }
             }

@@ -173,8 +173,7 @@ impl Fp8Places {
     fn new(positions: &[u32], places: &[KvMut<'_, CudaMatrix>]) -> Self {
         let (none, zero) = ([0; MAX_PLACES], [0; MAX_PLACES]);
         let position = [0; MAX_PLACES];
-        let mut table =
-            Self { k: none, v: none, k_scales: none, v_scales: none, row: zero, capacity: zero, position };
+        let mut table = Self { k: none, v: none, k_scales: none, v_scales: none, row: zero, capacity: zero, position };
         for (i, (position, KvMut { k, v, first_row })) in positions.iter().zip(places).enumerate() {
             (table.k[i], table.v[i]) = (k.piece.address(), v.piece.address());
             (table.k_scales[i], table.v_scales[i]) = (Fp8Scales::address_of(k), Fp8Scales::address_of(v));

@@ -7,10 +7,10 @@ use std::time::Instant;
 
 use serde_json::json;
 
-use super::Options;
 use super::cuda::{device, failed, random_tokens};
 use super::decode::{cache_bytes, weight_bytes};
 use super::report::{Row, median, rounded};
+use super::{Options, ceilings};
 use crate::backend::cuda::{Cuda, CudaMatrix};
 use crate::backend::{AttentionTask, Backend, BackendError, KvMut, KvRef, Mask, Next, Segment, Wanted};
 use crate::cli::CliError;
@@ -24,7 +24,8 @@ const LIKELIEST: Wanted = Wanted::Token((0.0, 1.0, 0.0));
 
 /// Appends a row for each length and batch.
 pub(super) fn measure(options: &Options, batches: &[usize], rows: &mut Vec<Row>) -> Result<(), CliError> {
-    let (cuda, spec) = (device(options, rows)?, options.shape.spec());
+    let (cuda, spec) = (device(options)?, options.shape.spec());
+    rows.push(ceilings::measure(&cuda, options).map_err(failed)?);
     let copy_gb_s = rows.last().and_then(|row| row.get("copy_gb_s")?.as_f64()).unwrap_or(f64::NAN);
     let make =
         |matrix: crate::model::RandomMatrix| cuda.random_weight(matrix.seed, matrix.scale, matrix.rows, matrix.cols);

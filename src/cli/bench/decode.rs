@@ -7,7 +7,7 @@ use std::time::Instant;
 use serde_json::json;
 
 use super::Options;
-use super::cuda::{device, engine, engine_failed, plan, random_tokens, row};
+use super::cuda::{engine, engine_failed, plan, random_tokens, row};
 use super::report::{Row, median, rounded};
 use crate::backend::cuda::KvCacheType;
 use crate::cli::CliError;
@@ -21,11 +21,12 @@ const WARM_UP: usize = 4;
 
 /// Appends a row for each length and strategy.
 pub(super) fn measure(options: &Options, rows: &mut Vec<Row>) -> Result<(), CliError> {
-    let engine = engine(options, device(options, rows)?)?;
+    let engine = engine(options, rows)?;
     let copy_gb_s = rows.last().and_then(|row| row.get("copy_gb_s")?.as_f64()).unwrap_or(f64::NAN);
     for &tokens in &options.tokens {
         for &strategy in &options.attention {
-            let mut row = one(options, &engine, &plan(options, &engine, tokens, strategy)?)?;
+            let plan = plan(options, &engine, tokens, strategy).map_err(engine_failed)?;
+            let mut row = one(options, &engine, &plan)?;
             // A copy reads and writes; reading alone is as fast per byte that passes.
             let cache = options.kv_cache.of_cuda();
             let bytes = weight_bytes(engine.spec()) + cache_bytes(engine.spec(), tokens, cache);

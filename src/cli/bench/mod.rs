@@ -54,7 +54,13 @@ struct Options {
     /// Attention strategies.
     #[arg(long, value_enum, value_delimiter = ',', default_value = "full,star,apb")]
     attention: Vec<Strategy>,
-    /// Hosts of star and APB.
+    /// GPUs that work on a document together (prefill, decode).
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = ranks)]
+    ranks: usize,
+    /// Numbers of those GPUs; by default the first ones.
+    #[arg(long, value_name = "N,N", value_delimiter = ',')]
+    devices: Vec<usize>,
+    /// Hosts of all strategies but full.
     #[arg(long, value_name = "N", default_value_t = 8)]
     hosts: usize,
     /// Anchor length; by default the paper's for the context.
@@ -63,6 +69,8 @@ struct Options {
     /// Passing length; by default the paper's for the context.
     #[arg(long, value_name = "N")]
     passing: Option<usize>,
+    #[command(flatten)]
+    execution: super::execution::ExecutionArgs,
     /// Hidden units of the retaining heads.
     #[arg(long, value_name = "N", default_value_t = 1024)]
     head_width: usize,
@@ -110,6 +118,8 @@ enum ProductName {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Strategy {
     Full,
+    Ring,
+    Ulysses,
     Star,
     Apb,
 }
@@ -126,6 +136,18 @@ impl Args {
     pub fn execute(self) -> Result<Status, CliError> {
         Err(super::device::no_cuda())
     }
+}
+
+#[cfg(feature = "cuda")]
+impl Options {
+    /// How many GPUs there are.
+    fn gpus(&self) -> usize {
+        self.ranks.max(self.devices.len())
+    }
+}
+
+fn ranks(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|ranks| *ranks > 0).ok_or_else(|| format!("'{text}' is no number of ranks"))
 }
 
 /// `4096`, `32k`, `1m`.
