@@ -57,6 +57,15 @@ impl KvCacheName {
             Self::Fp8 => crate::backend::cuda::KvCacheType::Fp8,
         }
     }
+
+    /// The name as it is given on the command line.
+    #[cfg(feature = "cuda")]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Native => "native",
+            Self::Fp8 => "fp8",
+        }
+    }
 }
 
 impl DeviceArgs {

@@ -296,6 +296,8 @@ impl State {
     /// A rank that is gone and has not come to a round that `rank` has come to.
     fn missed_by(&self, rank: usize) -> Option<usize> {
         let waits = self.open.values().filter(|round| round.deposits[rank].is_some());
-        waits.flat_map(|round| (0..self.left.len()).filter(|&peer| round.deposits[peer].is_none() && self.left[peer])).next()
+        waits
+            .flat_map(|round| (0..self.left.len()).filter(|&peer| round.deposits[peer].is_none() && self.left[peer]))
+            .next()
     }
 }

@@ -25,6 +25,9 @@ const UNCOUNTED_BYTES: u64 = 128 << 20;
 /// What NCCL takes on a device for its buffers and connections.
 const NCCL_BYTES: usize = 2 << 30;
 
+/// Sequences at a time: as many keys and values as one launch of attention reads from, less some for the context that prefills.
+const CONCURRENCY: usize = 48;
+
 /// Until all GPUs of a group are connected; loading NCCL and finding the links takes seconds.
 const START_DEADLINE: Duration = Duration::from_secs(120);
 /// How long a rank waits for the others in a collective. One that fails is noticed at once; this is for one that is stuck, and longer than the layers
@@ -88,7 +91,8 @@ impl CudaDevices {
         let members = thread::scope(|scope| {
             let member = &member;
             let threads: Vec<_> = devices.into_iter().map(|device| scope.spawn(move || member(device))).collect();
-            let joined = threads.into_iter().map(|thread| thread.join().unwrap_or_else(|p| std::panic::resume_unwind(p)));
+            let joined =
+                threads.into_iter().map(|thread| thread.join().unwrap_or_else(|p| std::panic::resume_unwind(p)));
             joined.collect::<Result<Vec<_>, E>>()
         })?;
         Ok(Self { members })
@@ -121,6 +125,10 @@ impl Devices for CudaDevices {
         self.members.len()
     }
 
+    fn concurrency(&self) -> usize {
+        CONCURRENCY
+    }
+
     fn element_bytes(&self) -> usize {
         size_of::<half::bf16>()
     }
@@ -147,8 +155,8 @@ impl Devices for CudaDevices {
             return Ok(backends.into_iter().map(|backend| (backend, CudaComm::Alone(SoloComm::default()))).collect());
         }
         let deadlines = Deadlines { start: START_DEADLINE, collective: PEER_DEADLINE };
-        let ends = NcclComm::group(&backends, deadlines)
-            .map_err(|error| EngineError::Device { reason: error.to_string() })?;
+        let ends =
+            NcclComm::group(&backends, deadlines).map_err(|error| EngineError::Device { reason: error.to_string() })?;
         Ok(backends.into_iter().zip(ends.into_iter().map(CudaComm::Group)).collect())
     }
 

@@ -108,7 +108,8 @@ const COLS: usize = 512;
 
 /// A matrix whose elements are all `value`, made by computing: copies that take a while, the right one last.
 fn computed(device: &Cuda, value: f32) -> CudaMatrix {
-    let filled = |value: f32| device.matrix_from(ROWS, COLS, &vec![bf16::from_f32(value).to_bits(); ROWS * COLS]).unwrap();
+    let filled =
+        |value: f32| device.matrix_from(ROWS, COLS, &vec![bf16::from_f32(value).to_bits(); ROWS * COLS]).unwrap();
     let mut matrix = device.matrix(2 * ROWS, COLS).unwrap();
     for step in 0..20 {
         let from = filled(if step == 19 { value } else { -1.0 });

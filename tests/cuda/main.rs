@@ -9,6 +9,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod attention;
+mod batch;
 mod collectives;
 mod failures;
 mod kept;
@@ -17,6 +18,7 @@ mod parity;
 mod partials;
 mod selection;
 mod several;
+mod travel;
 mod values;
 mod weights;
 
@@ -52,10 +54,12 @@ fn main() -> ExitCode {
     let device = Arc::new(Mutex::new(device.ok()));
     let on_device = [
         attention::TESTS,
+        batch::TESTS,
         kept::TESTS,
         layers::TESTS,
         partials::TESTS,
         selection::TESTS,
+        travel::TESTS,
         weights::TESTS,
         failures::TESTS,
     ];

@@ -9,7 +9,7 @@ use apbd::engine::{
 };
 use apbd::generate::generator::Step;
 use apbd::generate::sampler::argmax;
-use apbd::plan::{AttentionMode, AttentionRequest, Selector};
+use apbd::plan::{AttentionMode, AttentionRequest, Execution, PassingType, Selector};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
@@ -83,6 +83,10 @@ pub fn requests(heads: bool) -> Vec<AttentionRequest> {
         of(AttentionMode::Apb, Some(Selector::QueryAware)),
         of(AttentionMode::Apb, Some(Selector::Random { seed: 7 })),
         of(AttentionMode::Apb, Some(Selector::None)),
+        AttentionRequest {
+            execution: Execution { passing_type: PassingType::Fp8, ..Execution::default() },
+            ..of(AttentionMode::Apb, Some(Selector::Random { seed: 7 }))
+        },
     ];
     if heads {
         requests.push(of(AttentionMode::Apb, Some(Selector::RetainingHead)));

@@ -72,7 +72,8 @@ fn strategies(gpus: usize) {
     let one = open(MODEL, &[0]);
     let vocab = one.spec().vocab;
     let job = (&tokens(150, vocab, 1)[..], &tokens(9, vocab, 2)[..]);
-    let expected: Vec<_> = requests(one.has_retaining_heads()).into_iter().map(|r| (run(&one, job, &r, None), r)).collect();
+    let expected: Vec<_> =
+        requests(one.has_retaining_heads()).into_iter().map(|r| (run(&one, job, &r, None), r)).collect();
     for ranks in 2..=gpus {
         let several = open(MODEL, &(0..ranks).collect::<Vec<_>>());
         assert!(several.info().device.starts_with(&format!("{ranks} x cuda")), "{}", several.info().device);

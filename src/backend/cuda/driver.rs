@@ -180,10 +180,15 @@ impl Module {
         // SAFETY: (1) the module is loaded.
         let raw = unsafe { result::module::get_function(self.raw, c_name) }.map_err(failed(name))?;
         if shared_bytes > 48 << 10 {
-            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            // SAFETY: (1) the function belongs to a loaded module.
-            unsafe { result::function::set_function_attribute(raw, attribute, shared_bytes as i32) }
-                .map_err(failed(name))?;
+            use sys::CUfunction_attribute as Attribute;
+            // All of a multiprocessor's shared memory, so that it holds as many blocks as fit; kernels that need less run beside them as it is.
+            for (attribute, value) in [
+                (Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes as i32),
+                (Attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
+            ] {
+                // SAFETY: (1) the function belongs to a loaded module.
+                unsafe { result::function::set_function_attribute(raw, attribute, value) }.map_err(failed(name))?;
+            }
         }
         Ok(Function { raw, name, shared_bytes: shared_bytes as u32, overlaps: false })
     }

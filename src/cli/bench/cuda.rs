@@ -9,8 +9,8 @@ use rand::{RngExt, SeedableRng};
 use serde_json::json;
 
 use super::report::{Row, print, rounded};
-use super::{Options, Strategy, What, attention, ceilings, decode, prefill};
-use crate::backend::cuda::{Cuda, CudaOptions};
+use super::{Options, ProductName, Strategy, What, attention, batch, ceilings, decode, mixed, prefill};
+use crate::backend::cuda::{Cuda, CudaOptions, ProductPath};
 use crate::cli::device::gpus;
 use crate::cli::{CliError, Status};
 use crate::engine::{CudaDevices, CudaEngine, Engine, EngineError};
@@ -22,7 +22,14 @@ pub(super) fn execute(what: &What) -> Result<Status, CliError> {
     let mut rows = Vec::new();
     let options = match what {
         What::Prefill(options) => prefill::measure(options, &mut rows).map(|()| options),
-        What::Decode(options) => decode::measure(options, &mut rows).map(|()| options),
+        What::Decode(options) if options.batch.is_empty() => {
+            decode::measure(&options.common, &mut rows).map(|()| &options.common)
+        }
+        What::Decode(options) => {
+            let batches: Vec<_> = options.batch.iter().map(|batch| usize::from(*batch)).collect();
+            batch::measure(&options.common, &batches, &mut rows).map(|()| &options.common)
+        }
+        What::Mixed(options) => mixed::measure(options, &mut rows).map(|()| &options.common),
         What::Attention(options) => attention::measure(options, &mut rows).map(|()| options),
     }?;
     print(&rows, options.format)?;
@@ -35,7 +42,28 @@ pub(super) fn device(options: &Options) -> Result<Cuda, CliError> {
 }
 
 fn cuda_options(options: &Options) -> CudaOptions {
-    CudaOptions { kv_cache: options.kv_cache.of_cuda(), ..CudaOptions::default() }
+    let (kv_cache, products) = (options.kv_cache.of_cuda(), options.products.of_cuda());
+    CudaOptions { kv_cache, products, ..CudaOptions::default() }
+}
+
+impl ProductName {
+    /// As the backend has it.
+    fn of_cuda(self) -> ProductPath {
+        match self {
+            Self::Skinny => ProductPath::Skinny,
+            Self::Vector => ProductPath::Vector,
+            Self::Library => ProductPath::Library,
+        }
+    }
+
+    /// The name as it is given on the command line.
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            Self::Skinny => "skinny",
+            Self::Vector => "vector",
+            Self::Library => "library",
+        }
+    }
 }
 
 /// A model of random weights on as many devices as there are ranks; the ceilings of the first are among the rows.
@@ -91,7 +119,12 @@ pub(super) fn plan(
 }
 
 /// A row that says why there are no figures, where it is the memory.
-pub(super) fn refusal(options: &Options, tokens: usize, strategy: Strategy, error: EngineError) -> Result<Row, CliError> {
+pub(super) fn refusal(
+    options: &Options,
+    tokens: usize,
+    strategy: Strategy,
+    error: EngineError,
+) -> Result<Row, CliError> {
     let EngineError::Memory { needed_bytes, available_bytes, .. } = error else { return Err(engine_failed(error)) };
     let gib = |bytes: u64| rounded(bytes as f64 / f64::from(1 << 30), 1);
     let json = json!({

@@ -29,7 +29,8 @@ pub(super) fn measure(options: &Options, rows: &mut Vec<Row>) -> Result<(), CliE
             let mut row = one(options, &engine, &plan)?;
             // A copy reads and writes; reading alone is as fast per byte that passes.
             let cache = options.kv_cache.of_cuda();
-            let floor = bytes_a_token(engine.spec(), tokens, cache) / copy_gb_s / 1e6;
+            let bytes = weight_bytes(engine.spec()) + cache_bytes(engine.spec(), tokens, cache);
+            let floor = bytes / copy_gb_s / 1e6;
             row.insert("floor_ms".to_owned(), rounded(floor, 2));
             rows.push(row);
         }
@@ -53,11 +54,15 @@ fn one(options: &Options, engine: &CudaEngine, plan: &crate::plan::PrefillPlan) 
     Ok(row)
 }
 
-/// Weights, keys and values that one token reads.
-fn bytes_a_token(spec: &ModelSpec, tokens: usize, cache: KvCacheType) -> f64 {
+/// Bytes of weights that a step reads.
+pub(super) fn weight_bytes(spec: &ModelSpec) -> f64 {
     let layer = spec.hidden * (spec.shape.qkv_width() + spec.shape.q_width() + 3 * spec.intermediate);
-    let kept = cache.bytes(2 * spec.shape.kv_width() * tokens, spec.shape.head_dim);
-    (spec.layers * (2 * layer + kept) + 2 * spec.vocab * spec.hidden) as f64
+    (2 * (spec.layers * layer + spec.vocab * spec.hidden)) as f64
+}
+
+/// Bytes of a sequence's keys and values.
+pub(super) fn cache_bytes(spec: &ModelSpec, tokens: usize, cache: KvCacheType) -> f64 {
+    (spec.layers * cache.bytes(2 * spec.shape.kv_width() * tokens, spec.shape.head_dim)) as f64
 }
 
 /// Takes the likeliest token so many times, and the time of each.

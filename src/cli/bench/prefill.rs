@@ -134,8 +134,15 @@ mod tests {
 
     #[test]
     fn every_operation_belongs_to_one_stage() {
-        let profile =
-            [("linear", 1.0), ("mlp", 2.0), ("rms_norm", 4.0), ("attention", 8.0), ("top_k", 16.0), ("start", 32.0), (WAITING, 64.0)];
+        let profile = [
+            ("linear", 1.0),
+            ("mlp", 2.0),
+            ("rms_norm", 4.0),
+            ("attention", 8.0),
+            ("top_k", 16.0),
+            ("start", 32.0),
+            (WAITING, 64.0),
+        ];
         let stages = stages(&profile);
         assert_eq!(stages.iter().map(|(_, ms)| ms).sum::<f32>(), 127.0);
         assert!(stages.contains(&(WAITING, 64.0)));

@@ -204,9 +204,7 @@ impl Nccl {
             Transfer::Gather { at, bytes, rank } => {
                 let own = at + (rank * bytes) as u64;
                 // SAFETY: (1) by the caller; a rank's own part in its place is how NCCL gathers in place.
-                unsafe {
-                    (self.all_gather)(own as *const c_void, at as *mut c_void, bytes, BYTES, handle.0, stream)
-                }
+                unsafe { (self.all_gather)(own as *const c_void, at as *mut c_void, bytes, BYTES, handle.0, stream) }
             }
         }
     }
