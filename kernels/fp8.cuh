@@ -35,6 +35,7 @@ struct KeptHead {
     uint8_t* codes;
     float* scale;
 
+    DEVICE KeptHead(uint8_t* codes, float* scale) : codes(codes), scale(scale) {}
     DEVICE KeptHead(uint8_t* codes, float* scales, int head, int capacity, int row, int head_dim)
         : codes(codes + (size_t(head) * capacity + row) * head_dim), scale(scales + size_t(head) * capacity + row) {}
 };
