@@ -3,7 +3,7 @@
 //! Invariant: what was finished is never done again, whatever ended the run before; a document that fails costs only itself.
 
 pub(super) mod model;
-mod options;
+pub(super) mod options;
 mod output;
 mod progress;
 
