@@ -15,6 +15,8 @@ pub(super) enum AttentionName {
     Full,
     /// Exact, blocks of keys and values going round.
     Ring,
+    /// Exact, each rank with some of the heads.
+    Ulysses,
     /// Approximate: anchor and own block.
     Star,
     /// Approximate: anchor with the query, passing blocks, own block.
@@ -28,6 +30,7 @@ impl AttentionName {
             Self::Auto => None,
             Self::Full => Some(AttentionMode::Full),
             Self::Ring => Some(AttentionMode::Ring),
+            Self::Ulysses => Some(AttentionMode::Ulysses),
             Self::Star => Some(AttentionMode::Star),
             Self::Apb => Some(AttentionMode::Apb),
         }

@@ -15,6 +15,7 @@ use crate::plan::{AttentionRequest, PrefillPlan};
 
 use super::attention::{AttentionName, SelectorName};
 use super::device::{BackendName, DeviceArgs};
+use super::execution::ExecutionArgs;
 use super::{CliError, Status};
 
 /// Arguments of `apbd forward`.
@@ -56,6 +57,8 @@ pub struct Args {
     /// Greedy tokens to generate.
     #[arg(long, value_name = "N", default_value_t = 1)]
     steps: usize,
+    #[command(flatten)]
+    execution: ExecutionArgs,
     #[command(flatten)]
     device: DeviceArgs,
 }
@@ -117,6 +120,7 @@ impl Args {
             passing: self.passing,
             selector: self.selector.map(|name| name.selector(self.seed)),
             query_in_anchor: self.no_query_in_anchor.then_some(false),
+            execution: self.execution.of_plan(),
         }
     }
 }

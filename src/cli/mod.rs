@@ -13,6 +13,7 @@ mod database;
 mod device;
 pub mod engine;
 pub mod eval;
+mod execution;
 pub mod forward;
 pub mod heads;
 pub mod jobs;

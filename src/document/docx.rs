@@ -100,11 +100,13 @@ impl Styles {
             match reader.read_event().map_err(|error| malformed("styles.xml", &error))? {
                 Event::Start(tag) | Event::Empty(tag) => match (tag.local_name().as_ref(), value(&tag)) {
                     (b"style", _) => id = attribute(&tag, b"styleId").unwrap_or_default(),
-                    (b"name", Some(name)) => drop(named_level(&name).map(|level| levels.insert(id.clone(), level))),
+                    (b"name", Some(name)) => levels.extend(named_level(&name).map(|level| (id.clone(), level))),
                     (b"outlineLvl", Some(level)) => {
-                        drop(outline_level(&level).map(|level| levels.entry(id.clone()).or_insert(level)))
+                        if let Some(level) = outline_level(&level) {
+                            levels.entry(id.clone()).or_insert(level);
+                        }
                     }
-                    (b"basedOn", Some(other)) => drop(based_on.insert(id.clone(), other)),
+                    (b"basedOn", Some(other)) => based_on.extend([(id.clone(), other)]),
                     _ => {}
                 },
                 Event::Eof => break,

@@ -200,6 +200,7 @@ impl Args {
                         passing: self.passing,
                         selector: selector.map(|name| name.selector(self.seed)),
                         query_in_anchor: (apb && self.no_query_in_anchor).then_some(false),
+                        ..AttentionRequest::default()
                     },
                 });
             }
