@@ -7,7 +7,7 @@ use std::io::IsTerminal;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{HumanDuration, ProgressBar, ProgressStyle};
 
 use crate::engine::Progress;
 use crate::job::{JobId, Stage};
@@ -32,6 +32,26 @@ struct State {
     documents: HashMap<JobId, Document>,
     /// The document the engine is at.
     shown: Option<JobId>,
+    pace: Pace,
+}
+
+/// How fast documents are read, in bytes: their tokens are not known before they are read.
+struct Pace {
+    /// When the engine began.
+    began: Option<Instant>,
+    /// Bytes of the documents that the engine has read in this run; what failed without it says nothing about its pace.
+    read: u64,
+    /// Bytes of the documents that are neither done nor failed.
+    left: u64,
+}
+
+impl Pace {
+    /// The time left, with `part` of the bytes that are left already read; nothing before there is anything to go by.
+    fn left(&self, part: f64) -> Option<Duration> {
+        let (read, left) = (self.read as f64 + part, self.left as f64 - part);
+        let elapsed = self.began?.elapsed().as_secs_f64();
+        (read > 0.0 && left >= 0.0).then(|| Duration::from_secs_f64(elapsed * left / read))
+    }
 }
 
 /// Bars or lines.
@@ -57,13 +77,14 @@ impl RunProgress {
             (new.job.id, Document { number: i + 1, name, bytes, tokens: 0, stage_since: Instant::now() })
         };
         let documents: HashMap<JobId, Document> = jobs.iter().enumerate().map(document).collect();
-        let total = documents.values().map(|document| document.bytes).sum();
-        let done_bytes = done.iter().filter_map(|id| documents.get(id)).map(|document| document.bytes).sum();
+        let total: u64 = documents.values().map(|document| document.bytes).sum();
+        let done_bytes: u64 = done.iter().filter_map(|id| documents.get(id)).map(|document| document.bytes).sum();
         if !done.is_empty() {
             console::line(&format!("{} of {} documents were done in an earlier run", done.len(), jobs.len()));
         }
         let bars = std::io::stderr().is_terminal().then(|| Bars::new(total, done_bytes));
-        Self { count: jobs.len(), state: Mutex::new(State { documents, shown: None }), bars }
+        let pace = Pace { began: None, read: 0, left: total - done_bytes };
+        Self { count: jobs.len(), state: Mutex::new(State { documents, shown: None, pace }), bars }
     }
 
     /// Takes the bars away.
@@ -78,7 +99,10 @@ impl RunProgress {
         let Some(bars) = &self.bars else { return };
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let first = state.shown.replace(job) != Some(job);
-        let Some(document) = state.documents.get_mut(&job) else { return };
+        let State { documents, pace, .. } = &mut *state;
+        let Some(document) = documents.get_mut(&job) else { return };
+        pace.began.get_or_insert_with(Instant::now);
+        bars.all_at(pace, document.bytes as f64 * share_read(progress));
         if first {
             document.stage_since = Instant::now();
         }
@@ -107,12 +131,17 @@ impl RunProgress {
     }
 
     fn ended(&self, job: JobId, report: &AttemptReport) {
-        let state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(document) = state.documents.get(&job) else { return };
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let State { documents, pace, .. } = &mut *state;
+        let Some(document) = documents.get(&job) else { return };
         if let Some(bars) = &self.bars
             && report.ending.state().is_final()
         {
-            bars.all.inc(document.bytes);
+            pace.left = pace.left.saturating_sub(document.bytes);
+            if matches!(report.ending, Ending::Succeeded(_)) {
+                pace.read += document.bytes;
+            }
+            bars.all_at(pace, 0.0);
         }
         console::line(&format!(
             "[{}/{}] {}: {}",
@@ -121,6 +150,14 @@ impl RunProgress {
             document.name,
             said(report, document.tokens)
         ));
+    }
+}
+
+/// How much of a document has been read: how long the output gets is not known, and mostly short.
+fn share_read(progress: Progress) -> f64 {
+    match progress {
+        Progress::Prefill { layers_done, layers } => layers_done as f64 / layers.max(1) as f64,
+        Progress::Generate { .. } => 1.0,
     }
 }
 
@@ -149,15 +186,37 @@ impl Bars {
         // Both templates are constant; a broken one would show in every run.
         let style =
             |template: &str| ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
-        all.set_style(style("{bar:30} {bytes} of {total_bytes} of documents, {eta} left"));
+        all.set_style(style("{bar:30} {bytes} of {total_bytes} of documents{msg}"));
         all.set_position(done);
-        all.reset_eta();
         let one = console::progress().add(ProgressBar::new(STEPS));
         one.set_style(style("{bar:30} {wide_msg}"));
         one.set_message("loading");
         all.enable_steady_tick(TICK);
         one.enable_steady_tick(TICK);
         Self { all, one }
+    }
+
+    /// `part` of the bytes that are left have been read.
+    fn all_at(&self, pace: &Pace, part: f64) {
+        let done = self.all.length().unwrap_or_default().saturating_sub(pace.left);
+        self.all.set_position(done + part as u64);
+        let left = pace.left(part).map(|left| format!(", {:#} left", HumanDuration(left)));
+        self.all.set_message(left.unwrap_or_default());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_time_left_follows_what_the_engine_has_read() {
+        let seconds = |pace: &Pace, part: f64| pace.left(part).map(|left| left.as_secs_f64().round());
+        let began = Instant::now().checked_sub(Duration::from_secs(10));
+        assert_eq!(seconds(&Pace { began: None, read: 0, left: 100 }, 0.0), None);
+        assert_eq!(seconds(&Pace { began, read: 0, left: 100 }, 0.0), None, "failed files are no pace");
+        assert_eq!(seconds(&Pace { began, read: 0, left: 100 }, 25.0), Some(30.0));
+        assert_eq!(seconds(&Pace { began, read: 50, left: 100 }, 0.0), Some(20.0));
     }
 }
 
