@@ -10,7 +10,7 @@ pub mod metrics;
 use std::io::{IsTerminal, stderr};
 
 use tracing::{Level, Metadata};
-use tracing_subscriber::filter::{FilterExt, filter_fn};
+use tracing_subscriber::filter::filter_fn;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer};
@@ -65,7 +65,8 @@ pub fn init(options: &LogOptions) -> Result<(), TelemetryError> {
         layer.json().flatten_event(true).with_current_span(false).boxed()
     };
     // Only tests install twice, and for them the first subscriber is as good.
-    let _ = tracing_subscriber::registry().with(layer.with_filter(filter.and(filter_fn(has_no_payload)))).try_init();
+    // The filters are not the layer's own: those forget an event after a library has asked in vain whether its own would be heard.
+    let _ = tracing_subscriber::registry().with(filter).with(filter_fn(has_no_payload)).with(layer).try_init();
     Ok(())
 }
 

@@ -315,7 +315,7 @@ async fn no_secret_and_no_text_is_in_the_log_at_its_most_talkative() {
     site.send_raw(&publisher, JobId::random(), &json!({ "version": 1, "task": PRIVATE }), None).await;
     message(&publisher, &format!("{}.dead", site.queue)).await;
     let log = daemon.log();
-    assert!(log.contains("\"level\":\"DEBUG\"") && log.contains("serving"), "it says what it has to say");
+    assert!(log.contains("serving") && log.contains(&job.to_string()), "it says what it has to say");
     // Frames of a protocol are also shown as lists of numbers.
     let as_numbers = |text: &str| text.bytes().map(|byte| byte.to_string()).collect::<Vec<_>>().join(", ");
     assert!(text.trim().len() > 3, "{text:?}");
