@@ -9,12 +9,16 @@
 #![allow(clippy::unwrap_used)]
 
 mod attention;
+mod batch;
+mod collectives;
 mod failures;
 mod kept;
 mod layers;
 mod parity;
 mod partials;
 mod selection;
+mod several;
+mod travel;
 mod values;
 mod weights;
 
@@ -50,10 +54,12 @@ fn main() -> ExitCode {
     let device = Arc::new(Mutex::new(device.ok()));
     let on_device = [
         attention::TESTS,
+        batch::TESTS,
         kept::TESTS,
         layers::TESTS,
         partials::TESTS,
         selection::TESTS,
+        travel::TESTS,
         weights::TESTS,
         failures::TESTS,
     ];
@@ -69,6 +75,8 @@ fn main() -> ExitCode {
         };
         Trial::test(*name, run).with_ignored_flag(ignored)
     }));
+    trials.extend(collectives::trials(&device));
+    trials.extend(several::trials(&device));
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 
