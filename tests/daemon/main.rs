@@ -3,6 +3,7 @@
 #[path = "../services/mod.rs"]
 mod services;
 
+mod broker;
 mod drops;
 mod errors;
 mod harness;

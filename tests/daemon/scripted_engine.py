@@ -2,7 +2,7 @@
 
 seed 0: an answer at once · 1: the process dies · 2: silence · 3: a failed device · 4: an answer after `max_new_tokens` x 100 ms with signs of
 progress · 5: dies if the file named by SCRIPT_FILE is not there yet, and makes it · 6: a model
-that gives nothing usable.
+that gives nothing usable · 8: as 4, with the signs of a prefill.
 """
 
 import json
@@ -46,10 +46,12 @@ def infer(request):
         time.sleep(3600)
     if seed == 3:
         return {"Err": {"error": "device", "reason": "scripted"}}
-    if seed == 4:
+    if seed in (4, 8):
         for step in range(tokens):
             time.sleep(0.1)
-            say({"answer": "progress", "progress": {"stage": "generate", "tokens": step + 1, "at_most": tokens}})
+            generated = {"stage": "generate", "tokens": step + 1, "at_most": tokens}
+            read = {"stage": "prefill", "layers_done": step, "layers": tokens}
+            say({"answer": "progress", "progress": generated if seed == 4 else read})
             if cancelled.is_set():
                 return {"Err": {"error": "cancelled"}}
     if seed == 5 and not os.path.exists(os.environ["SCRIPT_FILE"]):
