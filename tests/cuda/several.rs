@@ -21,8 +21,10 @@ const SHIPPED_MODEL: &str = "fixtures/model";
 const MEMORY_BYTES: usize = 400 << 20;
 const RANKS_AT_MOST: usize = 4;
 
-/// The tests, with the GPUs that each needs.
-const TESTS: &[(&str, usize, fn(usize))] = &[
+/// A test's name, the GPUs that it needs, and what it does with those that there are.
+type Test = (&'static str, usize, fn(usize));
+
+const TESTS: &[Test] = &[
     ("every_strategy_on_several_gpus_gives_what_one_gives", 2, strategies),
     ("gpus_are_those_that_are_named_in_the_order_of_their_links", 4, named),
     ("an_inference_on_several_gpus_that_is_cancelled_leaves_the_engine_usable", 2, cancelled),
@@ -37,7 +39,7 @@ pub fn trials(device: &Arc<Mutex<Option<Cuda>>>) -> Vec<Trial> {
         true => (0..RANKS_AT_MOST).take_while(|device| Cuda::open(*device, &smallest).is_ok()).count(),
         false => 0,
     };
-    let trial = |&(name, needed, test): &(&str, usize, fn(usize))| {
+    let trial = |&(name, needed, test): &Test| {
         let alone = device.clone();
         let run = move || {
             let _alone = alone.lock();

@@ -205,21 +205,6 @@ impl Bars {
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_time_left_follows_what_the_engine_has_read() {
-        let seconds = |pace: &Pace, part: f64| pace.left(part).map(|left| left.as_secs_f64().round());
-        let began = Instant::now().checked_sub(Duration::from_secs(10));
-        assert_eq!(seconds(&Pace { began: None, read: 0, left: 100 }, 0.0), None);
-        assert_eq!(seconds(&Pace { began, read: 0, left: 100 }, 0.0), None, "failed files are no pace");
-        assert_eq!(seconds(&Pace { began, read: 0, left: 100 }, 25.0), Some(30.0));
-        assert_eq!(seconds(&Pace { began, read: 50, left: 100 }, 0.0), Some(20.0));
-    }
-}
-
 impl EventSink for RunProgress {
     fn event(&self, event: Event<'_>) {
         match event {
@@ -237,5 +222,20 @@ impl EventSink for RunProgress {
             Event::Lost { job, .. } => console::line(&format!("{}: another process has taken it over", job.id)),
             Event::Claimed { .. } | Event::Entered { .. } | Event::Swept { .. } => {}
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_time_left_follows_what_the_engine_has_read() {
+        let seconds = |pace: &Pace, part: f64| pace.left(part).map(|left| left.as_secs_f64().round());
+        let began = Instant::now().checked_sub(Duration::from_secs(10));
+        assert_eq!(seconds(&Pace { began: None, read: 0, left: 100 }, 0.0), None);
+        assert_eq!(seconds(&Pace { began, read: 0, left: 100 }, 0.0), None, "failed files are no pace");
+        assert_eq!(seconds(&Pace { began, read: 0, left: 100 }, 25.0), Some(30.0));
+        assert_eq!(seconds(&Pace { began, read: 50, left: 100 }, 0.0), Some(20.0));
     }
 }

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use super::{Orders, Place, Side};
 use crate::backend::cpu::{Matrix, Scores};
+use crate::comm::CommError;
 use crate::comm::conformance::{self, PATIENT, Ranks};
 use crate::comm::local::LocalComm;
-use crate::comm::{Comm, CommError};
 
 /// Every rank a node of its own. What comes with the ends is kept to the end of the process.
 struct Nodes(Mutex<Vec<Side>>);
