@@ -6,6 +6,7 @@ pub mod backend;
 pub mod cli;
 pub mod comm;
 pub mod config;
+pub mod cost;
 pub mod document;
 pub mod engine;
 pub mod failpoint;

@@ -1,0 +1,89 @@
+//! A model's sizes, as far as they decide about time and memory.
+//!
+//! Invariant: sizes alone; no weight and no name.
+
+use serde::{Deserialize, Serialize};
+
+use crate::plan::Footprint;
+
+/// Sizes of a model and of how a device keeps it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelShape {
+    /// Layers.
+    pub layers: usize,
+    /// Width of the hidden state.
+    pub hidden: usize,
+    /// Width of the MLP.
+    pub intermediate: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads.
+    pub kv_heads: usize,
+    /// Elements of one head.
+    pub head_dim: usize,
+    /// Tokens of the vocabulary.
+    pub vocab: usize,
+    /// Whether embedding and language-model head are one matrix.
+    pub tied_embeddings: bool,
+    /// Hidden width of a retaining head; 0 without.
+    pub head_width: usize,
+    /// Bytes of an activation, and of a weight.
+    pub element_bytes: usize,
+    /// Bytes of a row of keys and its values in one layer, as they are kept for decode.
+    pub kept_row_bytes: usize,
+    /// What the backend may use for itself, in bytes.
+    pub scratch_bytes: u64,
+}
+
+impl ModelShape {
+    /// Elements of a row of queries.
+    pub fn q_width(&self) -> usize {
+        self.heads * self.head_dim
+    }
+
+    /// Elements of a row of keys, or of values.
+    pub fn kv_width(&self) -> usize {
+        self.kv_heads * self.head_dim
+    }
+
+    /// Elements of a packed row of queries, keys and values.
+    pub fn qkv_width(&self) -> usize {
+        self.q_width() + 2 * self.kv_width()
+    }
+
+    /// Elements of the matrices of one layer that every row is multiplied by.
+    pub fn layer_weights(&self) -> usize {
+        self.hidden * (self.qkv_width() + self.q_width() + 3 * self.intermediate)
+    }
+
+    /// Elements of one layer's retaining head.
+    pub fn head_weights(&self) -> usize {
+        self.head_width * (self.qkv_width() + self.kv_heads)
+    }
+
+    /// Bytes of all weights on a rank.
+    pub fn weight_bytes(&self) -> u64 {
+        let embeddings = if self.tied_embeddings { 1 } else { 2 } * self.vocab * self.hidden;
+        let layers = self.layers * (self.layer_weights() + self.head_weights() + 2 * self.hidden);
+        ((embeddings + layers) * self.element_bytes) as u64
+    }
+
+    /// Bytes of weights that are read for a pass of few rows: all layers and the language-model head.
+    pub fn pass_bytes(&self) -> u64 {
+        ((self.layers * self.layer_weights() + self.vocab * self.hidden) * self.element_bytes) as u64
+    }
+
+    /// What decides about a plan's memory.
+    pub fn footprint(&self) -> Footprint {
+        Footprint {
+            layers: self.layers,
+            hidden: self.hidden,
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            head_dim: self.head_dim,
+            element_bytes: self.element_bytes,
+            kept_row_bytes: self.kept_row_bytes,
+            scratch_bytes: self.scratch_bytes,
+        }
+    }
+}
