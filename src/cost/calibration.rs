@@ -92,7 +92,7 @@ impl Calibration {
                 ffn_tflops: 674.0,
                 retaining_head_tflops: 371.0,
                 causal_tflops: 661.0,
-                segments_tflops: 635.0,
+                segments_tflops: 603.0,
                 memory_gb_s: 2700.0,
                 decode_gb_s: 2968.0,
                 decode_fp8_gb_s: 690.0,

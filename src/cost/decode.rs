@@ -10,8 +10,12 @@ use super::work::product;
 impl CostModel {
     /// Seconds of one step that gives every sequence of a batch its next token; `contexts` are the tokens each has so far.
     pub fn decode_step_s(&self, contexts: &[usize], ranks: usize) -> f64 {
-        let tokens: f64 = contexts.iter().map(|tokens| *tokens as f64).sum();
-        self.pass_s(contexts.len(), tokens, tokens, ranks)
+        self.batch_step_s(contexts.len(), contexts.iter().map(|tokens| *tokens as f64).sum(), ranks)
+    }
+
+    /// As [`decode_step_s`](Self::decode_step_s), of `sequences` sequences with so many tokens together.
+    pub fn batch_step_s(&self, sequences: usize, tokens: f64, ranks: usize) -> f64 {
+        self.pass_s(sequences, tokens, tokens, ranks)
     }
 
     /// Seconds of the query's pass over the prefilled context, in chunks; it ends with the first token.

@@ -28,6 +28,15 @@ impl Work {
     }
 }
 
+impl std::str::FromStr for Work {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let all = [Self::Prefill, Self::Generate];
+        all.into_iter().find(|work| work.as_str() == text).ok_or_else(|| format!("'{text}' is no work that is timed"))
+    }
+}
+
 /// What a rate belongs to: one model on so many devices of one kind.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Place {

@@ -11,6 +11,7 @@ mod decode;
 mod learned;
 mod network;
 mod prefill;
+mod route;
 mod shape;
 #[cfg(test)]
 mod tests;
@@ -19,10 +20,11 @@ mod work;
 pub use calibration::{Calibration, CalibrationError, Link, Network, Rates};
 pub use learned::{Learned, MEMORY, Observation, Place, Rate, Work};
 pub use prefill::{PrefillCost, RankCost, Stages};
+pub use route::{Destination, GroupLoad, place, takes_up_to_s};
 pub use shape::ModelShape;
 pub use work::{Exchange, LayerWork, RankWork};
 
-use crate::plan::PrefillPlan;
+use crate::plan::{PrefillPlan, QUERY_CHUNK};
 
 /// Predicts what inferences with one model on one kind of device cost.
 #[derive(Debug, Clone, PartialEq)]
@@ -86,6 +88,20 @@ impl CostModel {
     /// Bytes each of `ranks` ranks needs at most for the plan, the weights not included.
     pub fn memory_of_rank(&self, plan: &PrefillPlan, rank: usize, ranks: usize, new_tokens: usize) -> u64 {
         plan.memory_of_rank(rank, ranks, new_tokens, &self.shape.footprint())
+    }
+
+    /// Bytes a rank keeps of a document until its last token, and those it needs beside them until the document is prefilled; each on the rank that
+    /// needs most.
+    pub fn memory_parts(&self, plan: &PrefillPlan, ranks: usize, new_tokens: usize) -> [u64; 2] {
+        let footprint = self.shape.footprint();
+        let kept = (0..ranks).map(|rank| plan.cache_memory(rank, ranks, new_tokens, &footprint));
+        let transient = (0..ranks).map(|rank| plan.prefill_memory(rank, ranks, &footprint));
+        [kept.max().unwrap_or(0), transient.max().unwrap_or(0)]
+    }
+
+    /// Bytes that a rank holds for passes of `at_once` generating sequences, whatever it works on.
+    pub fn fixed_memory(&self, ranks: usize, at_once: usize) -> u64 {
+        self.shape.footprint().fixed_memory(ranks, at_once.max(QUERY_CHUNK))
     }
 
     /// Bytes that a rank has beside the weights.

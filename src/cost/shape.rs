@@ -78,6 +78,7 @@ impl ModelShape {
         Footprint {
             layers: self.layers,
             hidden: self.hidden,
+            intermediate: self.intermediate,
             heads: self.heads,
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
@@ -85,5 +86,35 @@ impl ModelShape {
             kept_row_bytes: self.kept_row_bytes,
             scratch_bytes: self.scratch_bytes,
         }
+    }
+}
+
+/// Rows that the MLP of a GPU takes at a time; what it holds meanwhile is most of the scratch.
+const MLP_ROWS: usize = 4096;
+
+impl ModelShape {
+    /// A published model as a GPU keeps it: bf16, keys and values too, with retaining heads of `head_width` hidden units.
+    pub fn published(name: &str, head_width: usize) -> Option<Self> {
+        let (layers, hidden, intermediate, heads, vocab) = match name {
+            "llama-3.1-8b" => (32, 4096, 14_336, 32, 128_256),
+            "qwen2.5-14b" => (48, 5120, 13_824, 40, 152_064),
+            "yi-34b" => (60, 7168, 20_480, 56, 64_000),
+            _ => return None,
+        };
+        let (kv_heads, head_dim, element_bytes) = (8, 128, 2);
+        Some(Self {
+            layers,
+            hidden,
+            intermediate,
+            heads,
+            kv_heads,
+            head_dim,
+            vocab,
+            tied_embeddings: false,
+            head_width,
+            element_bytes,
+            kept_row_bytes: 2 * kv_heads * head_dim * element_bytes,
+            scratch_bytes: (MLP_ROWS * 3 * intermediate * element_bytes) as u64,
+        })
     }
 }

@@ -1,31 +1,31 @@
 //! Counted work against the formulas of the paper, and the laws that predictions have to follow.
 
+mod measured;
+
 use super::{Calibration, CostModel, Exchange, LayerWork, ModelShape};
 use crate::plan::{AttentionMode, AttentionRequest, Capabilities, PrefillPlan, Selector};
 
 const K: usize = 1024;
 
 fn llama() -> ModelShape {
-    ModelShape {
-        layers: 32,
-        hidden: 4096,
-        intermediate: 14_336,
-        heads: 32,
-        kv_heads: 8,
-        head_dim: 128,
-        vocab: 128_256,
-        tied_embeddings: false,
-        head_width: 1024,
-        element_bytes: 2,
-        kept_row_bytes: 4096,
-        scratch_bytes: 512 << 20,
-    }
+    ModelShape::published("llama-3.1-8b", 1024).expect("a shape")
+}
+
+fn planned(
+    mode: AttentionMode,
+    context: usize,
+    hosts: usize,
+    anchor: Option<usize>,
+    passing: Option<usize>,
+) -> PrefillPlan {
+    let request =
+        AttentionRequest { mode: Some(mode), hosts: Some(hosts), anchor, passing, ..AttentionRequest::default() };
+    let capabilities = Capabilities { has_retaining_heads: true, max_hosts: 4096 };
+    PrefillPlan::new(context, 64, 0, &request, capabilities).expect("a plan")
 }
 
 fn plan(mode: AttentionMode, context: usize, hosts: usize) -> PrefillPlan {
-    let request = AttentionRequest { mode: Some(mode), hosts: Some(hosts), ..AttentionRequest::default() };
-    let capabilities = Capabilities { has_retaining_heads: true, max_hosts: 4096 };
-    PrefillPlan::new(context, 64, 0, &request, capabilities).expect("a plan")
+    planned(mode, context, hosts, None, None)
 }
 
 /// Of all layers, the last one as whole as the others: the paper's formulas do not know that nothing is read of it.

@@ -1,0 +1,116 @@
+//! Predictions against what an H100 took.
+//!
+//! The rates of [`Calibration::h100`] come from the stages of one prefill (Llama-3.1-8B, APB, 128K), from causal attention at 128K alone and from one
+//! token at 128K: all other figures are predictions.
+
+use serde::Deserialize;
+
+use super::{CostModel, planned};
+use crate::cost::{Calibration, ModelShape};
+use crate::plan::{AttentionMode, PrefillPlan};
+
+const H100: &str = include_str!("../../../tests/bench/results/h100.json");
+
+/// How far a prefill and its memory may be off, and a generated token after full attention.
+const TOLERANCE: f64 = 0.03;
+/// A token after APB: when it was measured, every host had a partial result of its own, merged with the others; the model has one a rank.
+const TOKEN_AFTER_APB: f64 = 0.10;
+/// Each stage of the prefill that the rates come from.
+const STAGE: f64 = 0.02;
+
+#[derive(Deserialize)]
+struct Measured {
+    prefill: Vec<Prefill>,
+    decode: Vec<Decode>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Prefill {
+    shape: String,
+    attention: AttentionMode,
+    tokens: usize,
+    hosts: usize,
+    anchor: Option<usize>,
+    passing: Option<usize>,
+    tokens_s: f64,
+    peak_gib: Option<f64>,
+    stages_ms: Option<std::collections::BTreeMap<String, f64>>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Decode {
+    shape: String,
+    attention: AttentionMode,
+    tokens: usize,
+    ms_a_token: f64,
+}
+
+fn measured() -> Measured {
+    serde_json::from_str(H100).expect("figures")
+}
+
+fn model(shape: &str) -> CostModel {
+    CostModel::new(ModelShape::published(shape, 1024).expect("a shape"), Calibration::h100())
+}
+
+fn plan_of(case: &Prefill) -> PrefillPlan {
+    planned(case.attention, case.tokens, case.hosts, case.anchor, case.passing)
+}
+
+fn assert_within(predicted: f64, measured: f64, tolerance: f64, what: &str) {
+    let off = predicted / measured - 1.0;
+    println!("{what}: predicted {predicted:.3}, measured {measured:.3}, {:+.1} %", 100.0 * off);
+    assert!(off.abs() <= tolerance, "{what}: predicted {predicted:.3}, measured {measured:.3}");
+}
+
+#[test]
+fn prefills_take_as_long_as_predicted() {
+    for case in measured().prefill {
+        let predicted = model(&case.shape).prefill(&plan_of(&case), 1).seconds;
+        let what = format!("{} {:?} {} hosts {}, s", case.shape, case.attention, case.tokens, case.hosts);
+        assert_within(predicted, case.tokens as f64 / case.tokens_s, TOLERANCE, &what);
+    }
+}
+
+#[test]
+fn prefills_need_as_much_memory_as_predicted() {
+    for case in measured().prefill {
+        let Some(peak_gib) = case.peak_gib else { continue };
+        let model = model(&case.shape);
+        let bytes = model.shape.weight_bytes() + model.memory_of_rank(&plan_of(&case), 0, 1, 1);
+        let what = format!("{} {:?} {}, GiB", case.shape, case.attention, case.tokens);
+        assert_within(bytes as f64 / f64::from(1 << 30), peak_gib, TOLERANCE, &what);
+    }
+}
+
+#[test]
+fn stages_take_as_long_as_predicted() {
+    let mut checked = 0;
+    for case in measured().prefill {
+        let Some(stages_ms) = &case.stages_ms else { continue };
+        let stages = model(&case.shape).prefill(&plan_of(&case), 1).ranks[0].stages;
+        for (name, measured) in stages_ms {
+            let predicted = match name.as_str() {
+                "qkv" => stages.qkv_s,
+                "retaining_head" => stages.retaining_head_s,
+                "attention" => stages.attention_s,
+                "o" => stages.o_s,
+                "ffn" => stages.ffn_s,
+                "other" => stages.other_s,
+                _ => panic!("{name} is no stage"),
+            };
+            assert_within(1e3 * predicted, *measured, STAGE, name);
+            checked += 1;
+        }
+    }
+    assert_eq!(checked, 6);
+}
+
+#[test]
+fn tokens_take_as_long_as_predicted() {
+    for case in measured().decode {
+        let predicted = 1e3 * model(&case.shape).decode_step_s(&[case.tokens], 1);
+        let tolerance = if case.attention == AttentionMode::Full { TOLERANCE } else { TOKEN_AFTER_APB };
+        assert_within(predicted, case.ms_a_token, tolerance, &format!("{:?} {}, ms", case.attention, case.tokens));
+    }
+}
