@@ -79,6 +79,11 @@ impl HeadShape {
     pub fn kv_width(&self) -> usize {
         self.kv_heads * self.head_dim
     }
+    /// Bytes of a row of keys and its values as [`Backend::quantize_kv`] has it: `[key codes | value codes | key factors | value factors]`, a byte for
+    /// each element and four for each factor, filled up to whole 16 bytes.
+    pub fn quantized_row_bytes(&self) -> usize {
+        (2 * self.kv_width() + 2 * self.kv_heads * size_of::<f32>()).next_multiple_of(16)
+    }
     /// Query heads that share one KV head.
     pub fn group(&self) -> usize {
         self.heads / self.kv_heads
@@ -344,6 +349,27 @@ pub trait Backend: Send + Sync {
         src: &Self::Matrix,
         src_row: usize,
         rows: usize,
+        dst: &mut Self::Matrix,
+        dst_row: usize,
+    ) -> Result<(), BackendError>;
+    /// Puts groups of columns below each other: `dst[dst_row + g * rows + i] = src[row + i, col + g * width ..]` for `groups` groups `g` and `rows`
+    /// rows `i`, with `(row, col)` = `src_at` and `width` the columns of `dst`. Of queries, keys or values it makes rows by head, as they go from rank to rank.
+    fn stack_columns(
+        &self,
+        src: &Self::Matrix,
+        src_at: (usize, usize),
+        rows: usize,
+        groups: usize,
+        dst: &mut Self::Matrix,
+        dst_row: usize,
+    ) -> Result<(), BackendError>;
+    /// The opposite: `dst[dst_row + i, g * width ..] = src[src_row + g * rows + i]`, with `width` the columns of `src`.
+    fn unstack_columns(
+        &self,
+        src: &Self::Matrix,
+        src_row: usize,
+        rows: usize,
+        groups: usize,
         dst: &mut Self::Matrix,
         dst_row: usize,
     ) -> Result<(), BackendError>;

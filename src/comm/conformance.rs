@@ -37,6 +37,7 @@ macro_rules! suite {
             all_gather_puts_the_rows_of_every_rank_in_order,
             all_gather_of_scores_puts_the_rows_of_every_rank_in_order,
             a_full_turn_of_the_ring_brings_everything_to_everybody,
+            an_all_to_all_brings_every_rank_what_the_others_have_for_it,
             collectives_in_flight_together_keep_apart,
             broadcast_gives_every_rank_the_value_of_the_root,
             nobody_passes_a_barrier_before_all_have_come,
@@ -60,13 +61,14 @@ enum Op {
     AllGather,
     Scores,
     Rotate,
+    AllToAll,
     Broadcast,
     Barrier,
 }
 /// What a rank, whose number is the last argument, does.
 type Body<R> = fn(&R, &<R as Ranks>::C, usize) -> Result<(), CommError>;
 
-const OPS: [Op; 5] = [Op::AllGather, Op::Scores, Op::Rotate, Op::Broadcast, Op::Barrier];
+const OPS: [Op; 6] = [Op::AllGather, Op::Scores, Op::Rotate, Op::AllToAll, Op::Broadcast, Op::Barrier];
 
 /// Runs `body` on every rank, each on its own thread, and returns what they returned.
 fn on_all<R: Ranks, T: Send>(
@@ -133,6 +135,27 @@ fn check_rotate<R: Ranks>(ranks: &R, comm: &R::C, turn: usize, counts: &[usize],
     assert_eq!(values[..wanted.len()], wanted, "rank {rank}");
 }
 
+/// Rank `from` sends `counts[from][to]` rows to rank `to`; the value of an element tells its sender and its place among all that it sends.
+fn check_all_to_all<R: Ranks>(ranks: &R, comm: &R::C, turn: usize, counts: &[Vec<usize>], cols: usize) {
+    let (rank, size) = (comm.rank(), comm.size());
+    let (send_counts, receive_counts) = (&counts[rank], (0..size).map(|from| counts[from][rank]).collect::<Vec<_>>());
+    let (sends, receives) = (send_counts.iter().sum::<usize>(), receive_counts.iter().sum::<usize>());
+    let sent: Vec<f32> = (0..(sends + 1) * cols).map(|i| value(turn, rank, i)).collect();
+    let send = ranks.matrix(comm, sends + 1, cols, &sent);
+    // A spare row at the end that nobody may touch.
+    let receive = ranks.matrix(comm, receives + 1, cols, &vec![7.0; (receives + 1) * cols]);
+    let exchange = comm.all_to_all(send, send_counts, receive, &receive_counts).expect("all-to-all");
+    let (_, received) = comm.finish_all_to_all(exchange).expect("all-to-all");
+    let wanted = (0..size).flat_map(|from| {
+        let first: usize = counts[from][..rank].iter().sum();
+        (first * cols..(first + counts[from][rank]) * cols).map(move |i| value(turn, from, i))
+    });
+    let values = ranks.matrix_values(comm, &received);
+    let (taken, spare) = values.split_at(receives * cols);
+    assert_eq!(taken, wanted.collect::<Vec<_>>(), "rank {rank}");
+    assert!(spare.iter().all(|&v| v == 7.0), "rows beyond the counts were written: {spare:?}");
+}
+
 fn check_broadcast<C: Comm<M, S>, M, S>(comm: &C, turn: usize, root: usize) {
     let given = |rank: usize| u64::MAX - (turn * 1000 + rank) as u64;
     assert_eq!(comm.broadcast(root, given(comm.rank())).expect("broadcast"), given(root));
@@ -149,6 +172,10 @@ fn call<R: Ranks>(ranks: &R, comm: &R::C, op: Op) -> Result<(), CommError> {
         }
         Op::Scores => comm.all_gather_scores(&mut ranks.scores(comm, rows, 4, &elements), &counts),
         Op::Rotate => comm.rotate(ranks.matrix(comm, rows, 4, &elements), 2, 2).and_then(|p| comm.finish(p)).map(drop),
+        Op::AllToAll => {
+            let [send, receive] = [(); 2].map(|()| ranks.matrix(comm, rows, 4, &elements));
+            comm.all_to_all(send, &counts, receive, &counts).and_then(|x| comm.finish_all_to_all(x)).map(drop)
+        }
         Op::Broadcast => comm.broadcast(0, 1).map(drop),
         Op::Barrier => comm.barrier(),
     }
@@ -185,6 +212,21 @@ pub fn a_full_turn_of_the_ring_brings_everything_to_everybody<R: Ranks>(ranks: &
             assert_eq!(ranks.matrix_values(&comm, &matrix)[..wanted.len()], wanted, "rank {rank}, step {step}");
         }
     });
+}
+
+pub fn an_all_to_all_brings_every_rank_what_the_others_have_for_it<R: Ranks>(ranks: &R) {
+    for size in 1..=5 {
+        on_all(ranks, size, PATIENT, |_, comm| {
+            // Every count differs from those of the other direction; some are 0.
+            let uneven: Vec<Vec<usize>> =
+                (0..size).map(|from| (0..size).map(|to| (from * 3 + to * 5) % 4).collect()).collect();
+            check_all_to_all(ranks, &comm, 1, &uneven, 6);
+            // A rank that takes part in nothing but the call.
+            let idle: Vec<Vec<usize>> =
+                (0..size).map(|from| (0..size).map(|to| usize::from(from > 0 && to > 0)).collect()).collect();
+            check_all_to_all(ranks, &comm, 2, &idle, 2);
+        });
+    }
 }
 
 pub fn collectives_in_flight_together_keep_apart<R: Ranks>(ranks: &R) {
@@ -237,6 +279,10 @@ pub fn random_collectives_with_random_delays_agree_with_their_definition<R: Rank
                     Op::AllGather => check_all_gather(ranks, &comm, turn, &counts, cols),
                     Op::Scores => check_scores(ranks, &comm, turn, &counts, cols),
                     Op::Rotate => check_rotate(ranks, &comm, turn, &counts, cols),
+                    Op::AllToAll => {
+                        let from = |_| (0..size).map(|_| programme.random_range(0..5)).collect();
+                        check_all_to_all(ranks, &comm, turn, &(0..size).map(from).collect::<Vec<_>>(), cols);
+                    }
                     Op::Broadcast => check_broadcast(&comm, turn, turn % size),
                     Op::Barrier => comm.barrier().expect("barrier"),
                 }
@@ -311,7 +357,7 @@ pub fn a_rank_that_never_comes_ends_the_wait_of_the_others<R: Ranks>(ranks: &R) 
 }
 
 pub fn ranks_that_disagree_are_told_so<R: Ranks>(ranks: &R) {
-    let wrong: [(&str, Body<R>); 5] = [
+    let wrong: [(&str, Body<R>); 6] = [
         ("counts", |ranks, comm, rank| {
             let counts = if rank == 1 { [1, 2, 1] } else { [1, 1, 1] };
             let matrix = ranks.matrix(comm, 4, 2, &[0.0; 8]);
@@ -325,6 +371,12 @@ pub fn ranks_that_disagree_are_told_so<R: Ranks>(ranks: &R) {
             let receive = if rank == 0 { 2 } else { 1 };
             let matrix = ranks.matrix(comm, 2, 2, &[0.0; 4]);
             comm.rotate(matrix, 1, receive).and_then(|pending| comm.finish(pending)).map(drop)
+        }),
+        ("what is sent to one of several and what it awaits", |ranks, comm, rank| {
+            let receive_counts = if rank == 2 { [1, 0, 1] } else { [1, 1, 1] };
+            let [send, receive] = [(); 2].map(|()| ranks.matrix(comm, 3, 2, &[0.0; 6]));
+            let exchange = comm.all_to_all(send, &[1, 1, 1], receive, &receive_counts);
+            exchange.and_then(|exchange| comm.finish_all_to_all(exchange)).map(drop)
         }),
         ("roots", |_, comm, rank| comm.broadcast(usize::from(rank == 0), 5).map(drop)),
         ("the operation", |_, comm, rank| if rank == 1 { comm.barrier() } else { comm.broadcast(0, 5).map(drop) }),
@@ -346,6 +398,17 @@ pub fn ranks_that_disagree_are_told_so<R: Ranks>(ranks: &R) {
 }
 
 pub fn sizes_wrong_by_themselves_are_refused<R: Ranks>(ranks: &R) {
+    let all_to_all = |ranks: &R, comm: &R::C, cols: usize, send: &[usize], receive: &[usize]| {
+        let sent = ranks.matrix(comm, 2, cols, &vec![0.0; 2 * cols]);
+        comm.all_to_all(sent, send, ranks.matrix(comm, 2, 2, &[0.0; 4]), receive).map(drop)
+    };
+    for (cols, send, receive) in
+        [(2, &[1, 2][..], &[1, 1][..]), (2, &[1, 1], &[2, 1]), (2, &[1, 1], &[1]), (4, &[1, 1], &[1, 1])]
+    {
+        for result in on_all(ranks, 2, PATIENT, |_, comm| all_to_all(ranks, &comm, cols, send, receive)) {
+            assert!(matches!(result, Err(CommError::Mismatch { .. } | CommError::Aborted { .. })), "{result:?}");
+        }
+    }
     let bodies: [Body<R>; 4] = [
         |ranks, comm, _| comm.all_gather(ranks.matrix(comm, 2, 2, &[0.0; 4]), &[1, 2]).map(drop),
         |ranks, comm, _| comm.all_gather(ranks.matrix(comm, 2, 2, &[0.0; 4]), &[1]).map(drop),

@@ -21,7 +21,9 @@ pub(super) struct Decoder<'r, 'a, B: Backend, C> {
     cache: KvCache<B>,
     /// Row ranges of this rank's hosts in the cache.
     locals: Vec<Range<usize>>,
-    hosts: Range<usize>,
+    hosts: Vec<usize>,
+    /// Place of the first of them in the stack, which is in the order of the ranks.
+    first_part: usize,
     /// Hosts of each rank.
     hosts_of: Vec<usize>,
     /// Tokens that have gone through since the prefill.
@@ -45,13 +47,15 @@ impl<'r, 'a, B: Backend, C: Comm<B::Matrix, B::Scores>> Decoder<'r, 'a, B, C> {
         let layout = plan.layout(rank.comm.rank(), ranks);
         let first = layout.local_rows().start;
         let stack = rows * plan.hosts.len();
+        let hosts_of: Vec<usize> = (0..ranks).map(|rank| plan.hosts_of(rank, ranks).len()).collect();
         Ok(Self {
             rank,
             plan,
             cache,
             locals: layout.locals.iter().map(|rows| rows.start - first..rows.end - first).collect(),
             hosts: layout.hosts,
-            hosts_of: (0..ranks).map(|rank| plan.hosts_of(rank, ranks).len()).collect(),
+            first_part: hosts_of[..rank.comm.rank()].iter().sum(),
+            hosts_of,
             stored: 0,
             activations: Activations::new(backend, rank.spec, rows)?,
             unkept: KeyValues::new(backend, shape, rows)?,
@@ -119,13 +123,13 @@ impl<'r, 'a, B: Backend, C: Comm<B::Matrix, B::Scores>> Decoder<'r, 'a, B, C> {
     fn tasks(&self, rows: usize) -> Vec<AttentionTask> {
         let segment = |rows, mask| Segment { source: 0, rows, mask };
         let task = |(index, local): (usize, &Range<usize>)| {
-            let host = self.hosts.start + index;
+            let (host, part) = (self.hosts[index], self.first_part + index);
             let mut segments = vec![segment(local.clone(), Mask::Full)];
             if host + 1 == self.plan.hosts.len() {
                 let tail = self.cache.local..self.cache.local + self.stored + rows;
                 segments.push(segment(tail, Mask::Causal));
             }
-            AttentionTask { queries: host * rows..(host + 1) * rows, segments }
+            AttentionTask { queries: part * rows..(part + 1) * rows, segments }
         };
         self.locals.iter().enumerate().map(task).collect()
     }

@@ -4,11 +4,10 @@
 
 use crate::backend::Backend;
 use crate::comm::Comm;
-use crate::plan::{AttentionMode, RankLayout};
+use crate::plan::RankLayout;
 
 use super::Progress;
-use super::attention::blocks::BlockAttention;
-use super::attention::ring::RingAttention;
+use super::attention::Attention;
 use super::control::Control;
 use super::infer::Job;
 use super::kv::{KeyValues, KvCache};
@@ -19,16 +18,11 @@ pub(super) struct PrefillState<B: Backend> {
     /// Which row is what.
     pub layout: RankLayout,
     /// Position of each row.
-    positions: Vec<u32>,
+    pub positions: Vec<u32>,
     /// Activations of the rows.
     pub activations: Activations<B>,
     /// Keys (after RoPE) and values of the rows in the current layer.
     pub working: KeyValues<B::Matrix>,
-}
-
-enum Attention<B: Backend> {
-    Blocks(BlockAttention<B>),
-    Ring(RingAttention<B>),
 }
 
 /// Runs the context through the model.
@@ -39,10 +33,7 @@ pub(super) fn prefill<B: Backend, C: Comm<B::Matrix, B::Scores>>(
 ) -> Result<KvCache<B>, RankError> {
     let layout = job.plan.layout(rank.comm.rank(), rank.comm.size());
     let mut cache = KvCache::new(rank.backend, rank.spec, job.plan, &layout, job.new_tokens)?;
-    let mut attention = match job.plan.mode {
-        AttentionMode::Ring => Attention::Ring(RingAttention::new(rank, job.plan, &layout)?),
-        _ => Attention::Blocks(BlockAttention::new(rank, job.plan, &layout)?),
-    };
+    let mut attention = Attention::new(rank, job.plan, &layout)?;
     let mut state = PrefillState::new(rank, job, layout)?;
     let layers = rank.spec.layers;
     control.proceed(rank, Progress::Prefill { layers_done: 0, layers })?;
@@ -83,8 +74,8 @@ impl<B: Backend> PrefillState<B> {
         }
         // Of the last layer only keys and values are used: nothing reads the context's hidden state after it.
         let is_last = layer + 1 == rank.spec.layers;
-        if let (Attention::Blocks(blocks), false) = (&mut *attention, is_last) {
-            blocks.score_before_rope(rank, job.plan, layer, self)?;
+        if !is_last {
+            attention.score_before_rope(rank, layer, self)?;
         }
         if rows > 0 {
             self.rope(rank)?;
@@ -94,10 +85,7 @@ impl<B: Backend> PrefillState<B> {
         if is_last {
             return Ok(());
         }
-        match attention {
-            Attention::Blocks(blocks) => blocks.attend(rank, job.plan, self)?,
-            Attention::Ring(ring) => ring.attend(rank, job.plan, self)?,
-        }
+        attention.attend(rank, job.plan, self)?;
         if rows > 0 {
             self.activations.close(rank.backend, rank.spec, weights, rows)?;
         }

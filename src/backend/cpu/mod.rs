@@ -4,6 +4,7 @@
 //! unless it accumulates.
 
 mod attention;
+mod columns;
 mod linear;
 mod matrix;
 mod mlp;
@@ -221,6 +222,30 @@ impl Backend for Cpu {
         let from = &src.data()[src_row * cols..(src_row + rows) * cols];
         dst.data_mut()[dst_row * cols..(dst_row + rows) * cols].copy_from_slice(from);
         Ok(())
+    }
+
+    fn stack_columns(
+        &self,
+        src: &Matrix,
+        src_at: (usize, usize),
+        rows: usize,
+        groups: usize,
+        dst: &mut Matrix,
+        dst_row: usize,
+    ) -> Result<(), BackendError> {
+        columns::stack(src, src_at, rows, groups, dst, dst_row)
+    }
+
+    fn unstack_columns(
+        &self,
+        src: &Matrix,
+        src_row: usize,
+        rows: usize,
+        groups: usize,
+        dst: &mut Matrix,
+        dst_row: usize,
+    ) -> Result<(), BackendError> {
+        columns::unstack(src, src_row, rows, groups, dst, dst_row)
     }
 
     fn logits(

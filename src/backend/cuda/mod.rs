@@ -7,6 +7,7 @@ mod arena;
 mod attention;
 mod attention_plan;
 mod blas;
+mod columns;
 mod driver;
 mod kept;
 mod layers;
@@ -359,6 +360,32 @@ impl Backend for Cuda {
     ) -> Result<(), BackendError> {
         self.mark("copy_rows")?;
         self.run_copy_rows(src, src_row, rows, dst, dst_row)
+    }
+
+    fn stack_columns(
+        &self,
+        src: &CudaMatrix,
+        src_at: (usize, usize),
+        rows: usize,
+        groups: usize,
+        dst: &mut CudaMatrix,
+        dst_row: usize,
+    ) -> Result<(), BackendError> {
+        self.mark("stack_columns")?;
+        self.run_stack_columns(src, src_at, rows, groups, (dst, dst_row))
+    }
+
+    fn unstack_columns(
+        &self,
+        src: &CudaMatrix,
+        src_row: usize,
+        rows: usize,
+        groups: usize,
+        dst: &mut CudaMatrix,
+        dst_row: usize,
+    ) -> Result<(), BackendError> {
+        self.mark("unstack_columns")?;
+        self.run_unstack_columns(src, src_row, rows, groups, (dst, dst_row))
     }
 
     fn logits(

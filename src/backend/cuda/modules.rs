@@ -115,6 +115,7 @@ functions! {
     query_scores in "query_aware";
     top_k in "top_k";
     gather_kv in "gather_kv";
+    move_columns in "columns";
     argmax in "choose";
     draw_token in "choose";
     merge in "merge";

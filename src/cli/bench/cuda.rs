@@ -59,6 +59,8 @@ pub(super) fn plan(
 ) -> Result<PrefillPlan, CliError> {
     let (mode, hosts) = match strategy {
         Strategy::Full => (AttentionMode::Full, None),
+        Strategy::Ring => (AttentionMode::Ring, Some(options.hosts)),
+        Strategy::Ulysses => (AttentionMode::Ulysses, Some(options.hosts)),
         Strategy::Star => (AttentionMode::Star, Some(options.hosts)),
         Strategy::Apb => (AttentionMode::Apb, Some(options.hosts)),
     };
@@ -67,6 +69,7 @@ pub(super) fn plan(
         hosts,
         anchor: options.anchor.filter(|_| strategy == Strategy::Apb),
         passing: options.passing.filter(|_| strategy == Strategy::Apb),
+        execution: options.execution.of_plan(),
         ..AttentionRequest::default()
     };
     engine.plan(tokens, options.query, 0, &request).map_err(engine_failed)

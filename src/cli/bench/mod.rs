@@ -52,7 +52,7 @@ struct Options {
     /// Attention strategies.
     #[arg(long, value_enum, value_delimiter = ',', default_value = "full,star,apb")]
     attention: Vec<Strategy>,
-    /// Hosts of star and APB.
+    /// Hosts of all strategies but full.
     #[arg(long, value_name = "N", default_value_t = 8)]
     hosts: usize,
     /// Anchor length; by default the paper's for the context.
@@ -61,6 +61,8 @@ struct Options {
     /// Passing length; by default the paper's for the context.
     #[arg(long, value_name = "N")]
     passing: Option<usize>,
+    #[command(flatten)]
+    execution: super::execution::ExecutionArgs,
     /// Hidden units of the retaining heads.
     #[arg(long, value_name = "N", default_value_t = 1024)]
     head_width: usize,
@@ -84,6 +86,8 @@ struct Options {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Strategy {
     Full,
+    Ring,
+    Ulysses,
     Star,
     Apb,
 }

@@ -18,6 +18,7 @@ pub(super) enum Call {
     AllGather { counts: Vec<usize>, cols: usize },
     AllGatherScores { counts: Vec<usize>, cols: usize },
     Rotate { send_rows: usize, receive_rows: usize, cols: usize },
+    AllToAll { send: Vec<usize>, receive: Vec<usize>, cols: usize },
     Broadcast { root: usize },
     Barrier,
 }
@@ -55,6 +56,7 @@ impl Call {
             Call::AllGather { .. } => "all-gather",
             Call::AllGatherScores { .. } => "all-gather of scores",
             Call::Rotate { .. } => "rotate",
+            Call::AllToAll { .. } => "all-to-all",
             Call::Broadcast { .. } => "broadcast",
             Call::Barrier => "barrier",
         }
@@ -72,6 +74,10 @@ impl Call {
                     && (!follows(peer, rank) || send_rows == peer_receives)
                     && (!follows(rank, peer) || receive_rows == peer_sends)
             }
+            (
+                Call::AllToAll { send, receive, cols },
+                Call::AllToAll { send: peer_sends, receive: peer_receives, cols: peer_cols },
+            ) => cols == peer_cols && send[peer] == peer_receives[rank] && receive[peer] == peer_sends[rank],
             _ => self == other,
         }
     }
@@ -85,6 +91,9 @@ impl fmt::Display for Call {
             }
             Call::Rotate { send_rows, receive_rows, cols } => {
                 write!(f, "rotate sending {send_rows} and receiving {receive_rows} rows of {cols}")
+            }
+            Call::AllToAll { send, receive, cols } => {
+                write!(f, "all-to-all sending {send:?} and receiving {receive:?} rows of {cols}")
             }
             Call::Broadcast { root } => write!(f, "broadcast from {root}"),
             Call::Barrier => write!(f, "barrier"),
