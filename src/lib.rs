@@ -19,6 +19,7 @@ pub mod outbox;
 pub mod pipeline;
 pub mod plan;
 pub mod prompt;
+pub mod simulate;
 pub mod store;
 pub mod supervise;
 pub mod telemetry;

@@ -8,6 +8,7 @@
 
 mod calibration;
 mod decode;
+mod fit;
 mod learned;
 mod network;
 mod prefill;
@@ -18,6 +19,7 @@ mod tests;
 mod work;
 
 pub use calibration::{Calibration, CalibrationError, Link, Network, Rates};
+pub use fit::{DecodeFigure, Figures, PrefillFigure};
 pub use learned::{Learned, MEMORY, Observation, Place, Rate, Work};
 pub use prefill::{PrefillCost, RankCost, Stages};
 pub use route::{Destination, GroupLoad, place, takes_up_to_s};

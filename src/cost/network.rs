@@ -33,6 +33,18 @@ impl Network {
         link.latency_us * 1e-6 + bytes / (link.gb_s * 1e9)
     }
 
+    /// Seconds in which every rank sends `bytes` in all to the others, to each about as much.
+    pub fn all_to_all_s(&self, ranks: usize, bytes: f64) -> f64 {
+        if ranks <= 1 {
+            return 0.0;
+        }
+        let of_node = ranks.min(self.gpus_per_node);
+        let to_each = bytes / ranks as f64;
+        let within = to_each * (of_node - 1) as f64 / (self.within.gb_s * 1e9);
+        let between = to_each * (ranks - of_node) as f64 / (self.between.gb_s * 1e9);
+        self.latency_s(ranks) + within.max(between)
+    }
+
     /// Steps of a ring: to the neighbours within the node, then from node to node.
     fn latency_s(&self, ranks: usize) -> f64 {
         let (nodes, of_node) = (self.nodes(ranks), ranks.min(self.gpus_per_node));

@@ -94,13 +94,18 @@ impl CostModel {
             if layer + 1 == layers {
                 break;
             }
+            let network = &self.calibration.network;
             match work.exchange {
                 Exchange::Nothing => line.attend_alone(&times),
                 Exchange::Gather { bytes } => {
-                    line.gather(&times, self.calibration.network.all_gather_s(ranks, bytes));
+                    line.gather(&times, network.all_gather_s(times.len(), bytes), work.overlap);
                 }
-                Exchange::Rotate { bytes } => {
-                    line.rotate(&times, self.calibration.network.rotate_s(times.len(), bytes));
+                Exchange::Rotate { bytes, steps } => {
+                    line.rotate(&times, steps, network.rotate_s(times.len(), bytes), work.overlap);
+                }
+                Exchange::Swap { to_heads_bytes, back_bytes } => {
+                    let swap_s = |bytes| network.all_to_all_s(times.len(), bytes);
+                    line.swap(&times, [swap_s(to_heads_bytes), swap_s(back_bytes)]);
                 }
             }
             line.close(&times);
@@ -121,7 +126,7 @@ impl CostModel {
     fn rank_times(&self, plan: &PrefillPlan, work: &RankWork) -> RankTimes {
         let (shape, rates) = (&self.shape, &self.calibration.rates);
         let segments = match plan.mode {
-            AttentionMode::Full | AttentionMode::Ring => rates.causal_tflops,
+            AttentionMode::Full | AttentionMode::Ring | AttentionMode::Ulysses => rates.causal_tflops,
             _ if plan.hosts.len() == 1 => rates.causal_tflops,
             _ => rates.segments_tflops,
         };
@@ -189,37 +194,55 @@ impl Timeline {
     }
 
     /// Everybody selects; what is selected travels while everybody attends to what is his own, and is attended to when it has come.
-    fn gather(&mut self, times: &[RankTimes], transfer: f64) {
+    fn gather(&mut self, times: &[RankTimes], transfer: f64, overlap: bool) {
         for ((end, stages), time) in self.ends.iter_mut().zip(&mut self.stages).zip(times) {
             *end += time.selection;
             stages.retaining_head_s += time.selection;
         }
-        let all_ready = self.ends.iter().copied().fold(0.0, f64::max);
+        let all_ready = self.all_ready();
         for ((end, stages), time) in self.ends.iter_mut().zip(&mut self.stages).zip(times) {
-            let own_ends = *end + time.own_attention;
-            stages.attention_s += time.own_attention;
-            *end = stages.await_transfer(own_ends, all_ready, transfer);
             let late: f64 = time.late_attention.iter().sum();
-            *end += late;
-            stages.attention_s += late;
+            stages.attention_s += time.own_attention + late;
+            *end = match overlap {
+                true => stages.await_transfer(*end + time.own_attention, all_ready, transfer) + late,
+                false => stages.await_transfer(*end, all_ready, transfer) + time.own_attention,
+            };
         }
     }
 
-    /// In every step a block travels while another one is attended to; nobody goes on before the step has ended for all.
-    fn rotate(&mut self, times: &[RankTimes], transfer: f64) {
-        let steps = times.len();
-        for step in 0..steps {
-            let all_ready = self.ends.iter().copied().fold(0.0, f64::max);
+    /// In every step rows travel while others are attended to; nobody goes on before the step has ended for all.
+    fn rotate(&mut self, times: &[RankTimes], steps: usize, transfer: f64, overlap: bool) {
+        for step in 0..=steps {
+            let mut begun = self.all_ready();
+            let attention = |time: &RankTimes| if step == 0 { time.own_attention } else { time.late_attention[step - 1] };
+            if !overlap {
+                let computed = self.ends.iter().zip(times).map(|(end, time)| end + attention(time));
+                begun = computed.fold(0.0, f64::max);
+            }
             for ((end, stages), time) in self.ends.iter_mut().zip(&mut self.stages).zip(times) {
-                let attention = match step {
-                    0 => time.own_attention,
-                    _ => time.late_attention[step - 1],
-                };
-                let computed = *end + attention;
-                stages.attention_s += attention;
-                *end = if step + 1 < steps { stages.await_transfer(computed, all_ready, transfer) } else { computed };
+                let computed = *end + attention(time);
+                stages.attention_s += attention(time);
+                *end = if step < steps { stages.await_transfer(computed, begun, transfer) } else { computed };
             }
         }
+    }
+
+    /// Queries, keys and values go to the ranks of their heads, are attended with, and what comes of it goes back; nothing hides any of it.
+    fn swap(&mut self, times: &[RankTimes], [to_heads, back]: [f64; 2]) {
+        let all_ready = self.all_ready();
+        for ((end, stages), time) in self.ends.iter_mut().zip(&mut self.stages).zip(times) {
+            *end = stages.await_transfer(*end, all_ready, to_heads) + time.own_attention;
+            stages.attention_s += time.own_attention;
+        }
+        let all_ready = self.all_ready();
+        for (end, stages) in self.ends.iter_mut().zip(&mut self.stages) {
+            *end = stages.await_transfer(*end, all_ready, back);
+        }
+    }
+
+    /// When the last rank is where the others wait for it.
+    fn all_ready(&self) -> f64 {
+        self.ends.iter().copied().fold(0.0, f64::max)
     }
 }
 
@@ -231,7 +254,7 @@ impl Stages {
         let exposed = (comes - done.max(all_ready)).max(0.0);
         self.waiting_s += waiting;
         self.communication_s += exposed;
-        self.communication_hidden_s += transfer - exposed;
+        self.communication_hidden_s += (transfer - exposed).max(0.0);
         done.max(comes)
     }
 }

@@ -93,7 +93,7 @@ impl ModelShape {
 const MLP_ROWS: usize = 4096;
 
 impl ModelShape {
-    /// A published model as a GPU keeps it: bf16, keys and values too, with retaining heads of `head_width` hidden units.
+    /// A published model (the figures of its `config.json`) as a GPU keeps it: bf16, keys and values too, with retaining heads of `head_width` hidden units.
     pub fn published(name: &str, head_width: usize) -> Option<Self> {
         let (layers, hidden, intermediate, heads, vocab) = match name {
             "llama-3.1-8b" => (32, 4096, 14_336, 32, 128_256),
@@ -116,5 +116,11 @@ impl ModelShape {
             kept_row_bytes: 2 * kv_heads * head_dim * element_bytes,
             scratch_bytes: (MLP_ROWS * 3 * intermediate * element_bytes) as u64,
         })
+    }
+
+    /// With keys and values kept in FP8, an f32 scale for every row and head.
+    pub fn kept_in_fp8(self) -> Self {
+        let scales = 2 * self.kv_heads * size_of::<f32>();
+        Self { kept_row_bytes: 2 * self.kv_width() + scales, ..self }
     }
 }

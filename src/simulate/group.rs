@@ -34,7 +34,8 @@ pub struct Group {
     budget_bytes: u64,
     schedule: Schedule,
     sequences: BTreeMap<SequenceId, Sequence>,
-    step: Option<Step>,
+    /// What it does now, and the seconds that takes.
+    step: Option<(Step, f64)>,
     /// Seconds in which it worked.
     pub busy_s: f64,
     /// Bytes that were taken at most.
@@ -107,8 +108,7 @@ impl Group {
                 Step::Query(id) => self.sequences[id].profile.query_pass_s,
                 Step::Generate(ids) => self.generate_s(ids, profiles),
             };
-            self.busy_s += seconds;
-            self.step = Some(step);
+            self.step = Some((step, seconds));
             return Some(seconds);
         }
     }
@@ -116,8 +116,10 @@ impl Group {
     /// Ends the step that was begun; the documents that are done by it.
     pub fn end(&mut self) -> Vec<usize> {
         let mut done = Vec::new();
-        match self.step.take() {
-            Some(Step::Layer(id)) => {
+        let Some((step, seconds)) = self.step.take() else { return done };
+        self.busy_s += seconds;
+        match step {
+            Step::Layer(id) => {
                 let sequence = self.sequence(id);
                 sequence.layers_left -= 1;
                 if sequence.layers_left == 0 {
@@ -125,14 +127,14 @@ impl Group {
                     self.schedule.learn(flops_per_s);
                 }
             }
-            Some(Step::Query(id)) => {
+            Step::Query(id) => {
                 let sequence = self.sequence(id);
                 sequence.query_left -= 1;
                 if sequence.query_left == 0 {
                     self.token(id, &mut done);
                 }
             }
-            Some(Step::Generate(ids)) => ids.into_iter().for_each(|id| self.token(id, &mut done)),
+            Step::Generate(ids) => ids.into_iter().for_each(|id| self.token(id, &mut done)),
             _ => {}
         }
         done

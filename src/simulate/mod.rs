@@ -15,7 +15,7 @@ mod profile;
 mod tests;
 
 pub use layout::{Layout, layouts};
-pub use mix::{Arrivals, Mix, MixError, Part};
+pub use mix::{Arrivals, Mix, MixError, Part, tokens};
 pub use outcome::{Latency, Outcome};
 pub use pool::{Simulation, SimulationOptions};
 pub use profile::{Profile, Profiles};

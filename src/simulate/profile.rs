@@ -68,6 +68,11 @@ impl<'a> Profiles<'a> {
         self.by_ranks.get(&ranks)?.get(part)?.as_ref()
     }
 
+    /// Sizes of groups, ascending.
+    pub fn sizes(&self) -> impl Iterator<Item = usize> {
+        self.by_ranks.keys().copied()
+    }
+
     /// Bytes that the sequences of a group may take on each rank.
     pub fn budget_bytes(&self, ranks: usize) -> u64 {
         self.budgets.get(&ranks).copied().unwrap_or(0)

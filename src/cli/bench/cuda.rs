@@ -21,6 +21,7 @@ pub(super) fn execute(what: &What) -> Result<Status, CliError> {
         What::Prefill(options) => prefill::measure(options, &mut rows).map(|()| options),
         What::Decode(options) => decode::measure(options, &mut rows).map(|()| options),
         What::Attention(options) => attention::measure(options, &mut rows).map(|()| options),
+        What::Plan(_) | What::Calibrate(_) => return Ok(Status::Done),
     }?;
     print(&rows, options.format)?;
     Ok(Status::Done)
@@ -79,7 +80,8 @@ pub(super) fn plan(
 pub(super) fn row(options: &Options, plan: &PrefillPlan) -> Row {
     let json = json!({
         "what": "", "shape": options.shape.as_str(), "attention": format!("{:?}", plan.mode).to_lowercase(), "tokens": plan.context,
-        "hosts": plan.hosts.len()
+        "hosts": plan.hosts.len(), "anchor": plan.anchor.as_ref().map_or(0, |anchor| anchor.len),
+        "passing": plan.hosts.iter().map(|host| host.compressed).max()
     });
     json.as_object().cloned().unwrap_or_default()
 }

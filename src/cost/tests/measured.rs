@@ -6,7 +6,7 @@
 use serde::Deserialize;
 
 use super::{CostModel, planned};
-use crate::cost::{Calibration, ModelShape};
+use crate::cost::{Calibration, DecodeFigure, Figures, ModelShape, PrefillFigure};
 use crate::plan::{AttentionMode, PrefillPlan};
 
 const H100: &str = include_str!("../../../tests/bench/results/h100.json");
@@ -113,4 +113,46 @@ fn tokens_take_as_long_as_predicted() {
         let tolerance = if case.attention == AttentionMode::Full { TOLERANCE } else { TOKEN_AFTER_APB };
         assert_within(predicted, case.ms_a_token, tolerance, &format!("{:?} {}, ms", case.attention, case.tokens));
     }
+}
+
+#[test]
+fn a_calibration_is_found_again_from_what_it_predicts() {
+    let truth = Calibration::h100();
+    let figures = |calibration: &Calibration| {
+        let of_model = |shape: &str| CostModel::new(ModelShape::published(shape, 1024).expect("a shape"), calibration.clone());
+        let prefill = measured().prefill.into_iter().map(|case| {
+            let (model, plan) = (of_model(&case.shape), plan_of(&case));
+            let cost = model.prefill(&plan, 1);
+            PrefillFigure { shape: model.shape, plan, seconds: cost.seconds, stages: cost.ranks[0].stages }
+        });
+        let decode = measured().decode.into_iter().map(|case| {
+            let (model, contexts) = (of_model(&case.shape), vec![case.tokens; 3]);
+            DecodeFigure { shape: model.shape, seconds: model.decode_step_s(&contexts, 1), contexts }
+        });
+        let copy_gb_s = Some(calibration.rates.decode_gb_s);
+        Figures { device: None, copy_gb_s, prefill: prefill.collect(), decode: decode.collect() }
+    };
+    let mut start = truth.clone();
+    for rate in [
+        &mut start.rates.qkv_tflops,
+        &mut start.rates.o_tflops,
+        &mut start.rates.ffn_tflops,
+        &mut start.rates.retaining_head_tflops,
+        &mut start.rates.causal_tflops,
+        &mut start.rates.segments_tflops,
+        &mut start.rates.memory_gb_s,
+        &mut start.rates.decode_gb_s,
+        &mut start.rates.layer_us,
+    ] {
+        *rate *= 0.6;
+    }
+    let found = start.refined(&figures(&truth)).rates;
+    let near = |one: f64, other: f64| (one / other - 1.0).abs() < 0.02;
+    let (found, expected) = (serde_json::json!(found), serde_json::json!(truth.rates));
+    for (name, expected) in expected.as_object().expect("rates") {
+        let (found, expected) = (found[name].as_f64().expect("a number"), expected.as_f64().expect("a number"));
+        assert!(near(found, expected), "{name}: {found} is not {expected}");
+    }
+    let none = start.refined(&Figures::default());
+    assert_eq!(none, start);
 }

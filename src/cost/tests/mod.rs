@@ -2,8 +2,8 @@
 
 mod measured;
 
-use super::{Calibration, CostModel, Exchange, LayerWork, ModelShape};
-use crate::plan::{AttentionMode, AttentionRequest, Capabilities, PrefillPlan, Selector};
+use super::{Calibration, CostModel, Exchange, LayerWork, ModelShape, PrefillCost};
+use crate::plan::{AttentionMode, AttentionRequest, Capabilities, Placement, PrefillPlan, Selector};
 
 const K: usize = 1024;
 
@@ -26,6 +26,17 @@ fn planned(
 
 fn plan(mode: AttentionMode, context: usize, hosts: usize) -> PrefillPlan {
     planned(mode, context, hosts, None, None)
+}
+
+fn placed(mut plan: PrefillPlan, placement: Placement) -> PrefillPlan {
+    plan.execution.placement = placement;
+    plan
+}
+
+fn executions() -> impl Iterator<Item = (AttentionMode, Placement)> {
+    use AttentionMode::{Apb, Full, Ring, Star, Ulysses};
+    let placements = [Placement::Contiguous, Placement::Paired];
+    [Full, Ring, Ulysses, Star, Apb].into_iter().flat_map(move |mode| placements.map(|placement| (mode, placement)))
 }
 
 /// Of all layers, the last one as whole as the others: the paper's formulas do not know that nothing is read of it.
@@ -83,20 +94,53 @@ fn one_rank_computes_the_anchor_once() {
 }
 
 #[test]
-fn ring_does_the_work_of_full_attention_whatever_its_ranks() {
-    let ring = plan(AttentionMode::Ring, 64 * K, 8);
+fn exact_strategies_do_the_work_of_full_attention_whatever_their_ranks() {
     let full = LayerWork::of(&plan(AttentionMode::Full, 64 * K, 1), 1, &llama()).flops();
-    for ranks in 1..=8 {
-        assert_near(LayerWork::of(&ring, ranks, &llama()).flops(), full, 1e-9);
+    for (mode, placement) in executions() {
+        let plan = placed(plan(mode, 64 * K, 16), placement);
+        for ranks in [1, 2, 3, 5, 8, 16] {
+            if mode.is_exact() {
+                assert_near(LayerWork::of(&plan, ranks, &llama()).flops(), full, 1e-9);
+            }
+        }
+    }
+}
+
+#[test]
+fn pairs_of_hosts_balance_the_ranks() {
+    let model = CostModel::new(llama(), Calibration::h100());
+    for mode in [AttentionMode::Ring, AttentionMode::Apb] {
+        let contiguous = plan(mode, 256 * K, 16);
+        let paired = placed(contiguous.clone(), Placement::Paired);
+        let seconds = |plan: &PrefillPlan| model.prefill(plan, 8).seconds;
+        assert!(seconds(&paired) < 0.95 * seconds(&contiguous), "{mode:?}");
+        let busy: Vec<f64> = model.prefill(&paired, 8).ranks.iter().map(|rank| rank.stages.busy_s()).collect();
+        let (least, most) = (busy.iter().copied().fold(f64::MAX, f64::min), busy.iter().copied().fold(0.0, f64::max));
+        assert!(least > 0.9 * most, "{mode:?}: {busy:?}");
+    }
+}
+
+#[test]
+fn what_is_not_hidden_is_waited_for() {
+    let mut model = CostModel::new(llama(), Calibration::h100());
+    model.calibration.network.within.gb_s = 20.0;
+    for mode in [AttentionMode::Ring, AttentionMode::Apb] {
+        let hidden = plan(mode, 128 * K, 8);
+        let mut shown = hidden.clone();
+        shown.execution.overlap = false;
+        let (hidden, shown) = (model.prefill(&hidden, 8), model.prefill(&shown, 8));
+        assert!(hidden.seconds < shown.seconds, "{mode:?}");
+        let hides = |cost: &PrefillCost| cost.ranks.iter().map(|rank| rank.stages.communication_hidden_s).sum::<f64>();
+        assert!(hides(&hidden) > 0.0 && hides(&shown) < 1e-9, "{mode:?}");
     }
 }
 
 #[test]
 fn the_stages_of_a_rank_are_all_its_time() {
     let model = CostModel::new(llama(), Calibration::h100());
-    for mode in [AttentionMode::Full, AttentionMode::Ring, AttentionMode::Star, AttentionMode::Apb] {
+    for (mode, placement) in executions() {
         for ranks in [1, 2, 3, 8] {
-            let cost = model.prefill(&plan(mode, 64 * K, 8), ranks);
+            let cost = model.prefill(&placed(plan(mode, 64 * K, 16), placement), ranks);
             let slowest = cost.ranks.iter().map(|rank| rank.stages.seconds()).fold(0.0, f64::max);
             assert_near(slowest, cost.seconds, 1e-9);
             assert!(cost.ranks.iter().all(|rank| rank.stages.busy_s() > 0.0));
@@ -109,7 +153,7 @@ fn more_ranks_are_faster_and_a_slower_network_is_not() {
     let model = CostModel::new(llama(), Calibration::h100());
     let mut slow = model.clone();
     slow.calibration.network.within.gb_s = 1.0;
-    for mode in [AttentionMode::Ring, AttentionMode::Star, AttentionMode::Apb] {
+    for mode in [AttentionMode::Ring, AttentionMode::Ulysses, AttentionMode::Star, AttentionMode::Apb] {
         let plan = plan(mode, 256 * K, 8);
         let seconds = |model: &CostModel, ranks| model.prefill(&plan, ranks).seconds;
         assert!(seconds(&model, 8) < seconds(&model, 4) && seconds(&model, 4) < seconds(&model, 1), "{mode:?}");
