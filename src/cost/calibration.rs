@@ -80,8 +80,10 @@ pub enum CalibrationError {
 }
 
 impl Calibration {
-    /// An H100 80GB HBM3 as measured with the Llama-3.1-8B shape (`kernels/README.md` has the figures and the runs). The links are not measured:
-    /// NVLink of the fourth generation has 450 GB/s in one direction, of which large collectives reach about 80 %; one 400 Gbit/s adapter a device has 50.
+    /// An H100 80GB HBM3. The rates are those of the stages of one prefill (Llama-3.1-8B shape, APB with 8 hosts, 128K tokens), of causal attention over 128K
+    /// tokens alone, of a copy, and of one token at 128K (`kernels/README.md` has the figures); how far other prefills are off is held by a test. The
+    /// links are not measured: NVLink of the fourth generation has 450 GB/s in one direction, of which large collectives are said to reach about 80 %; one
+    /// adapter of 400 Gbit/s a device has 50.
     pub fn h100() -> Self {
         Self {
             device: "NVIDIA H100 80GB HBM3".to_owned(),

@@ -12,7 +12,6 @@ mod fit;
 mod learned;
 mod network;
 mod prefill;
-mod route;
 mod shape;
 #[cfg(test)]
 mod tests;
@@ -22,7 +21,6 @@ pub use calibration::{Calibration, CalibrationError, Link, Network, Rates};
 pub use fit::{DecodeFigure, Figures, PrefillFigure};
 pub use learned::{Learned, MEMORY, Observation, Place, Rate, Work};
 pub use prefill::{PrefillCost, RankCost, Stages};
-pub use route::{Destination, GroupLoad, place, takes_up_to_s};
 pub use shape::ModelShape;
 pub use work::{Exchange, LayerWork, RankWork};
 

@@ -27,6 +27,11 @@ impl Profile {
     pub fn prefill_s(&self) -> f64 {
         self.layer_s * self.needs.layers as f64 + self.query_pass_s * self.needs.query_passes as f64
     }
+
+    /// Bytes it takes on a rank while it prefills.
+    pub fn bytes(&self) -> u64 {
+        self.needs.kept_bytes.saturating_add(self.needs.transient_bytes)
+    }
 }
 
 /// Profiles of all lengths of a mix on groups of some sizes.
@@ -53,8 +58,7 @@ impl<'a> Profiles<'a> {
             let budget = model.memory_budget().saturating_sub(model.fixed_memory(ranks, at_once));
             let of_part = |tokens: usize| {
                 let profile = profile(model, &plan(tokens, ranks)?, ranks, new_tokens);
-                let fits = profile.needs.kept_bytes.saturating_add(profile.needs.transient_bytes) <= budget;
-                Ok(fits.then_some(profile))
+                Ok((profile.bytes() <= budget).then_some(profile))
             };
             let profiles = mix.parts.iter().map(|part| of_part(part.tokens)).collect::<Result<Vec<_>, PlanError>>()?;
             by_ranks.insert(ranks, profiles);

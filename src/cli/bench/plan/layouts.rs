@@ -16,7 +16,7 @@ use crate::engine::schedule::Limits;
 use crate::simulate::{Arrivals, Latency, Layout, Mix, Outcome, Profiles, Simulation, SimulationOptions, layouts};
 
 /// GPUs up to which a pool is simulated as a whole; of a larger one, a part of whole nodes stands for the others.
-const MOST_GPUS: usize = 64;
+const MOST_GPUS: usize = 32;
 /// Documents of a simulation for each GPU, at least.
 const DOCUMENTS_PER_GPU: usize = 50;
 /// Cuts whose documents an hour differ by no more are equally good; then latency decides.
