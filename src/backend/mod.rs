@@ -79,8 +79,8 @@ impl HeadShape {
     pub fn kv_width(&self) -> usize {
         self.kv_heads * self.head_dim
     }
-    /// Bytes of a row of keys and its values as [`Backend::quantize_kv`] has it: `[key codes | value codes | key factors | value factors]`, a byte for
-    /// each element and four for each factor, filled up to whole 16 bytes.
+    /// Bytes of a row of keys and its values as [`Backend::quantize_kv`] has it: `[key codes | value codes | key scales | value scales]`, a byte for
+    /// each element and four for each scale, filled up to whole 16 bytes.
     pub fn quantized_row_bytes(&self) -> usize {
         (2 * self.kv_width() + 2 * self.kv_heads * size_of::<f32>()).next_multiple_of(16)
     }
@@ -372,6 +372,28 @@ pub trait Backend: Send + Sync {
         groups: usize,
         dst: &mut Self::Matrix,
         dst_row: usize,
+    ) -> Result<(), BackendError>;
+    /// A matrix for keys and values as [`Backend::quantize_kv`] has them; rows of [`HeadShape::quantized_row_bytes`], contents undefined.
+    fn quantized_kv(&self, shape: HeadShape, rows: usize) -> Result<Self::Matrix, BackendError>;
+    /// Quantises rows `row..row + rows` of keys and values to FP8 (e4m3, a scale for every row and KV head), into `out` from row `out_row` on: a
+    /// matrix of [`Backend::quantized_kv`], which is good for [`Backend::restore_kv`] and to travel, and for nothing else.
+    fn quantize_kv(
+        &self,
+        shape: HeadShape,
+        kv: KvRef<'_, Self::Matrix>,
+        row: usize,
+        rows: usize,
+        out: &mut Self::Matrix,
+        out_row: usize,
+    ) -> Result<(), BackendError>;
+    /// The keys and values of rows `row..row + rows` again, to where `kv` says.
+    fn restore_kv(
+        &self,
+        shape: HeadShape,
+        from: &Self::Matrix,
+        row: usize,
+        rows: usize,
+        kv: KvMut<'_, Self::Matrix>,
     ) -> Result<(), BackendError>;
     /// Final norm and language-model head of one row: `vocab` logits, on the host.
     fn logits(

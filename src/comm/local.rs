@@ -5,15 +5,13 @@
 //!
 //! Invariant: no data is copied while the rounds are locked; a rank that waits is woken by every deposit, abort and departure.
 
-mod rounds;
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use super::rounds::{Call, Deposit, Rounds};
 use super::{Comm, CommError};
 use crate::backend::cpu::{Matrix, Scores};
-use rounds::{Call, Deposit, Rounds};
 
 /// One rank's end of a communicator between threads. Dropping it while others wait for it aborts them.
 pub struct LocalComm {

@@ -9,6 +9,9 @@
 #[cfg(test)]
 pub(crate) mod conformance;
 pub mod local;
+#[cfg(feature = "cuda")]
+pub mod nccl;
+mod rounds;
 pub mod solo;
 
 /// Why a collective did not complete.

@@ -14,6 +14,8 @@ pub struct Footprint {
     pub layers: usize,
     /// Width of the hidden state.
     pub hidden: usize,
+    /// Width of the MLP.
+    pub intermediate: usize,
     /// Query heads.
     pub heads: usize,
     /// Key/value heads.
@@ -42,7 +44,15 @@ impl Footprint {
     fn activations(&self, elements: usize) -> u64 {
         elements as u64 * self.element_bytes as u64
     }
-    /// Bytes of a row of keys and its values as passing blocks travel in FP8: a code for each element, a factor for each head, whole 16 bytes.
+    /// Bytes that a rank holds whatever it works on: buffers of passes of `rows` query or generated tokens, and what its backend uses for itself.
+    pub fn fixed_memory(&self, ranks: usize, rows: usize) -> u64 {
+        let stacked = if ranks > 1 { rows * ranks } else { 0 };
+        let working = rows * (self.row_elements() + 2 * self.kv_width() + self.hidden);
+        self.activations(working + stacked * (self.qkv_width() + self.q_width()))
+            + scores(stacked * self.heads)
+            + self.scratch_bytes
+    }
+    /// Bytes of a row of keys and its values as passing blocks travel in FP8: a code for each element, a scale for each head, whole 16 bytes.
     fn quantized_row_bytes(&self) -> usize {
         (2 * self.kv_width() + 2 * self.kv_heads * size_of::<f32>()).next_multiple_of(16)
     }
@@ -58,11 +68,10 @@ fn scores(count: usize) -> u64 {
 }
 
 impl PrefillPlan {
-    /// Bytes that one of `ranks` ranks needs at most for this plan and `new_tokens` generated tokens.
+    /// Bytes that one of `ranks` ranks needs at most for this plan and `new_tokens` generated tokens, with no other sequence beside it.
     pub fn memory_of_rank(&self, rank: usize, ranks: usize, new_tokens: usize, model: &Footprint) -> u64 {
-        let prefill = self.prefill_memory(rank, ranks, model);
-        let decode = self.decode_memory(model);
-        self.cache_memory(rank, ranks, new_tokens, model) + prefill.max(decode) + model.scratch_bytes
+        let own = self.cache_memory(rank, ranks, new_tokens, model) + self.prefill_memory(rank, ranks, model);
+        own + model.fixed_memory(ranks, QUERY_CHUNK)
     }
 
     /// Bytes that all ranks need together, where they share one memory.
@@ -75,12 +84,14 @@ impl PrefillPlan {
         self.query + new_tokens
     }
 
-    fn cache_memory(&self, rank: usize, ranks: usize, new_tokens: usize, model: &Footprint) -> u64 {
+    /// Bytes of keys and values that a rank keeps until the sequence ends.
+    pub fn cache_memory(&self, rank: usize, ranks: usize, new_tokens: usize, model: &Footprint) -> u64 {
         let tail = if rank == self.last_rank(ranks) { self.cache_tail(new_tokens) } else { 0 };
         (model.layers * model.kept_row_bytes * (self.local_tokens(rank, ranks) + tail).max(1)) as u64
     }
 
-    fn prefill_memory(&self, rank: usize, ranks: usize, model: &Footprint) -> u64 {
+    /// Bytes that a rank needs until the context is through all layers, and no longer.
+    pub fn prefill_memory(&self, rank: usize, ranks: usize, model: &Footprint) -> u64 {
         let rows = self.layout(rank, ranks).rows.max(1);
         let kv = 2 * model.kv_width();
         let working = rows * (model.row_elements() + kv);
@@ -107,15 +118,6 @@ impl PrefillPlan {
         let leaving = (self.local_tokens(rank, ranks) * model.kv_heads).max(1);
         let coming = (self.context * self.kv_heads_of(rank, ranks, model.kv_heads).len()).max(1);
         model.head_dim * (leaving * (group + 2) + coming * (2 * group + 2))
-    }
-
-    /// Partial results of every host for a chunk of the query, and what a row needs besides.
-    fn decode_memory(&self, model: &Footprint) -> u64 {
-        let rows = self.query.min(QUERY_CHUNK);
-        let stacked = rows * self.hosts.len();
-        let working = rows * (model.row_elements() + 2 * model.kv_width());
-        model.activations(working + stacked * (model.qkv_width() + model.q_width()))
-            + scores((stacked + rows) * model.heads)
     }
 
     /// Context tokens of the rank that has most.

@@ -71,8 +71,6 @@ pub struct Simulation<'a> {
     now_s: f64,
     /// Moments at which a group had nothing to do beside a document that fits it.
     idle_beside_work: usize,
-    /// When the last of the waiting was sent to a group, what the groups had worked by then, and how many documents were done.
-    drained: Option<(f64, f64, usize)>,
 }
 
 impl<'a> Simulation<'a> {
@@ -99,7 +97,6 @@ impl<'a> Simulation<'a> {
             refused: 0,
             now_s: 0.0,
             idle_beside_work: 0,
-            drained: None,
         };
         simulation.go();
         simulation.outcome()
@@ -122,10 +119,6 @@ impl<'a> Simulation<'a> {
                 }
                 (_, Some(_)) => self.end_step(),
                 (_, None) => break,
-            }
-            let nobody_waits = self.queue.is_empty() && self.waiting.is_empty();
-            if self.drained.is_none() && next == self.documents.len() && nobody_waits {
-                self.drained = Some((self.now_s, self.busy_device_s(), self.done.len()));
             }
         }
     }
@@ -213,17 +206,14 @@ impl<'a> Simulation<'a> {
         }
     }
 
-    fn busy_device_s(&self) -> f64 {
-        self.groups.iter().map(|group| group.busy_s * group.ranks as f64).sum()
-    }
-
     fn outcome(self) -> Outcome {
         let devices: usize = self.groups.iter().map(|group| group.ranks).sum();
-        let (span_s, busy_s, done) = self.drained.unwrap_or((self.now_s, self.busy_device_s(), self.done.len()));
+        let busy_s: f64 = self.groups.iter().map(|group| group.busy_s * group.ranks as f64).sum();
         let over_budget = |group: &&Group| group.peak_bytes > self.profiles.budget_bytes(group.ranks);
+        let of_span = |amount: f64| if self.now_s > 0.0 { amount / self.now_s } else { 0.0 };
         Outcome {
-            per_hour: if span_s > 0.0 { 3600.0 * done as f64 / span_s } else { 0.0 },
-            busy_share: if span_s > 0.0 { busy_s / (span_s * devices as f64) } else { 0.0 },
+            per_hour: of_span(3600.0 * self.done.len() as f64),
+            busy_share: of_span(busy_s / devices as f64),
             refused: self.refused + self.groups.iter().map(|group| group.refused.len()).sum::<usize>(),
             idle_beside_work: self.idle_beside_work,
             groups_over_budget: self.groups.iter().filter(over_budget).count(),

@@ -9,6 +9,7 @@ mod linear;
 mod matrix;
 mod mlp;
 mod norm;
+mod quantized;
 mod rope;
 mod scores;
 mod select;
@@ -246,6 +247,33 @@ impl Backend for Cpu {
         dst_row: usize,
     ) -> Result<(), BackendError> {
         columns::unstack(src, src_row, rows, groups, dst, dst_row)
+    }
+
+    fn quantized_kv(&self, shape: HeadShape, rows: usize) -> Result<Matrix, BackendError> {
+        quantized::matrix(shape, rows)
+    }
+
+    fn quantize_kv(
+        &self,
+        shape: HeadShape,
+        kv: KvRef<'_, Matrix>,
+        row: usize,
+        rows: usize,
+        out: &mut Matrix,
+        out_row: usize,
+    ) -> Result<(), BackendError> {
+        quantized::quantize(shape, kv, row, rows, out, out_row)
+    }
+
+    fn restore_kv(
+        &self,
+        shape: HeadShape,
+        from: &Matrix,
+        row: usize,
+        rows: usize,
+        kv: KvMut<'_, Matrix>,
+    ) -> Result<(), BackendError> {
+        quantized::restore(shape, from, row, rows, kv)
     }
 
     fn logits(

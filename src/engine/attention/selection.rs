@@ -20,9 +20,17 @@ pub struct Selection<B: Backend> {
     scores: B::Scores,
     /// Compressed blocks of all hosts, in the order of the ranks; elsewhere while they are on their way.
     passing: Option<KeyValues<B::Matrix>>,
+    /// The same in FP8, if that is how they travel.
+    quantized: Option<B::Matrix>,
     /// Rows of them that each rank fills, and the rows of each host.
     counts: Vec<usize>,
     rows: Vec<Range<usize>>,
+}
+
+/// Compressed blocks on their way.
+pub enum Gathering<P> {
+    Native(Moving<P>),
+    Fp8(P),
 }
 
 impl<B: Backend> Selection<B> {
@@ -47,6 +55,10 @@ impl<B: Backend> Selection<B> {
             scored,
             scores: backend.scores(rank.shape().kv_heads, scored.max(1))?,
             passing: Some(KeyValues::new(backend, rank.shape(), plan.compressed())?),
+            quantized: match plan.passes_in_fp8() {
+                true => Some(backend.quantized_kv(rank.shape(), plan.compressed())?),
+                false => None,
+            },
             counts: plan.compressed_of_ranks(ranks),
             rows: plan.compressed_rows(ranks),
         }))
@@ -82,7 +94,7 @@ impl<B: Backend> Selection<B> {
         rank: &Rank<'_, B, C>,
         plan: &PrefillPlan,
         state: &PrefillState<B>,
-    ) -> Result<Moving<C::Pending>, RankError> {
+    ) -> Result<Gathering<C::Pending>, RankError> {
         let mut passing = self.passing.take().expect("in place between layers");
         for (index, &host) in state.layout.hosts.iter().enumerate() {
             if plan.hosts[host].compressed > 0 {
@@ -91,16 +103,33 @@ impl<B: Backend> Selection<B> {
                 rank.backend.gather_kv(rank.shape(), &chosen, 0, state.working.view(), destination)?;
             }
         }
-        Ok(passing.all_gather(&rank.comm, &self.counts)?)
+        let Some(mut quantized) = self.quantized.take() else {
+            return Ok(Gathering::Native(passing.all_gather(&rank.comm, &self.counts)?));
+        };
+        let me = rank.comm.rank();
+        let (first, own) = (self.counts[..me].iter().sum(), self.counts[me]);
+        rank.backend.quantize_kv(rank.shape(), passing.view(), first, own, &mut quantized, first)?;
+        self.passing = Some(passing);
+        Ok(Gathering::Fp8(rank.comm.all_gather(quantized, &self.counts)?))
     }
 
     /// Awaits what [`Selection::start`] started: the compressed blocks of all hosts.
     pub fn finish<C: Comm<B::Matrix, B::Scores>>(
         &mut self,
         rank: &Rank<'_, B, C>,
-        gathering: Moving<C::Pending>,
+        gathering: Gathering<C::Pending>,
     ) -> Result<&KeyValues<B::Matrix>, RankError> {
-        Ok(self.passing.insert(KeyValues::arrived(&rank.comm, gathering)?))
+        match gathering {
+            Gathering::Native(moving) => Ok(self.passing.insert(KeyValues::arrived(&rank.comm, moving)?)),
+            Gathering::Fp8(moving) => {
+                let quantized = self.quantized.insert(rank.comm.finish(moving)?);
+                let passing = self.passing.as_mut().expect("left in place");
+                // The rank's own blocks too: what a host sees does not depend on where it runs.
+                let rows = self.counts.iter().sum();
+                rank.backend.restore_kv(rank.shape(), quantized, 0, rows, passing.at(0))?;
+                Ok(passing)
+            }
+        }
     }
 
     /// The best rows of a host; `index` counts the hosts of this rank.

@@ -12,6 +12,9 @@ use std::time::{Duration, Instant};
 
 use crate::comm::CommError;
 
+/// Why a communicator ends whose rank's end was dropped.
+const GONE: &str = "the rank went away";
+
 /// Which collective a rank called, with the sizes that have to agree.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Call {
@@ -36,6 +39,8 @@ pub(super) struct Rounds {
     deadline: Duration,
     state: Mutex<State>,
     changed: Condvar,
+    /// The communicator has ended, or a rank's end is gone.
+    fewer: Condvar,
 }
 
 struct State {
@@ -142,7 +147,7 @@ impl Round {
 impl Rounds {
     pub(super) fn new(size: usize, deadline: Duration) -> Self {
         let state = State { open: BTreeMap::new(), aborted: None, left: vec![false; size] };
-        Self { deadline, state: Mutex::new(state), changed: Condvar::new() }
+        Self { deadline, state: Mutex::new(state), changed: Condvar::new(), fewer: Condvar::new() }
     }
 
     /// Brings `deposit` to a round. Fails if the communicator was aborted, or if the round's calls disagree.
@@ -157,9 +162,44 @@ impl Rounds {
         let mismatch = opened.mismatch(rank);
         self.changed.notify_all();
         match mismatch {
-            Some(error) => Err(state.fail(rank, error)),
+            Some(error) => {
+                self.fewer.notify_all();
+                Err(state.fail(rank, error))
+            }
             None => state.check_aborted(),
         }
+    }
+
+    /// Comes to a round from which nobody takes anything: the call is compared with those of the others, whoever comes last.
+    #[cfg(feature = "cuda")]
+    pub(super) fn join(&self, round: u64, rank: usize, call: Call) -> Result<(), CommError> {
+        self.deposit(round, rank, Deposit { call, rows: Arc::default(), value: 0 })?;
+        self.lock().taken_by_one(round);
+        Ok(())
+    }
+
+    /// Why the communicator has ended, if it has or does so within `wait`. A rank that is gone while `rank` waits for it ends it too.
+    #[cfg(feature = "cuda")]
+    pub(super) fn ended(&self, rank: usize, wait: Duration) -> Option<CommError> {
+        let mut state = self.lock();
+        if state.aborted.is_none() && !wait.is_zero() {
+            state = self.fewer.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        if let Some(gone) = state.missed_by(rank) {
+            state.abort(gone, GONE);
+            self.wake_all();
+        }
+        state.aborted.clone()
+    }
+
+    /// Ends the communicator because of what `rank` has met; `false` if it had ended before.
+    #[cfg(feature = "cuda")]
+    pub(super) fn fail(&self, rank: usize, error: &CommError) -> bool {
+        let mut state = self.lock();
+        let is_first = state.aborted.is_none();
+        state.abort(rank, &error.to_string());
+        self.wake_all();
+        is_first
     }
 
     /// Waits until every rank has come to a round and returns what they brought, by rank.
@@ -168,12 +208,14 @@ impl Rounds {
         let mut state = self.lock();
         loop {
             if let Some(result) = state.poll(round, rank) {
-                self.changed.notify_all();
+                if result.is_err() {
+                    self.wake_all();
+                }
                 return result;
             }
             let Some(left) = until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) else {
                 let error = CommError::TimedOut { op, rank, seconds: self.deadline.as_secs() };
-                self.changed.notify_all();
+                self.wake_all();
                 return Err(state.fail(rank, error));
             };
             state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
@@ -183,13 +225,18 @@ impl Rounds {
     /// Ends the communicator. The first reason is kept.
     pub(super) fn abort(&self, rank: usize, reason: &str) {
         self.lock().abort(rank, reason);
-        self.changed.notify_all();
+        self.wake_all();
     }
 
     /// Notes that a rank's end is gone: whoever waits for it is woken.
     pub(super) fn leave(&self, rank: usize) {
         self.lock().left[rank] = true;
+        self.wake_all();
+    }
+
+    fn wake_all(&self) {
         self.changed.notify_all();
+        self.fewer.notify_all();
     }
 
     /// A rank that panicked while holding the lock left the state whole: nothing in here calls foreign code.
@@ -226,14 +273,31 @@ impl State {
         }
         if open.deposits.iter().all(Option::is_some) {
             let deposits = open.deposits.iter().flatten().cloned().collect();
+            self.taken_by_one(round);
+            return Some(Ok(deposits));
+        }
+        let gone = (0..size).find(|&peer| open.deposits[peer].is_none() && self.left[peer])?;
+        self.abort(gone, GONE);
+        self.aborted.clone().map(Err)
+    }
+
+    /// One rank needs the round no more; without any that does it is dropped.
+    fn taken_by_one(&mut self, round: u64) {
+        let size = self.left.len();
+        if let Some(open) = self.open.get_mut(&round) {
             open.taken += 1;
             if open.taken == size {
                 self.open.remove(&round);
             }
-            return Some(Ok(deposits));
         }
-        let gone = (0..size).find(|&peer| open.deposits[peer].is_none() && self.left[peer])?;
-        self.abort(gone, "the rank went away");
-        self.aborted.clone().map(Err)
+    }
+
+    /// A rank that is gone and has not come to a round that `rank` has come to.
+    #[cfg(feature = "cuda")]
+    fn missed_by(&self, rank: usize) -> Option<usize> {
+        let waits = self.open.values().filter(|round| round.deposits[rank].is_some());
+        waits
+            .flat_map(|round| (0..self.left.len()).filter(|&peer| round.deposits[peer].is_none() && self.left[peer]))
+            .next()
     }
 }
