@@ -75,6 +75,8 @@ pub struct InferOutcome {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "stage")]
 pub enum Progress {
+    /// It waits for its turn; nothing is begun.
+    Waiting,
     /// Layers of the context done.
     Prefill { layers_done: usize, layers: usize },
     /// Tokens generated.
@@ -128,8 +130,8 @@ pub enum EngineError {
     /// The engine's process ended under the request.
     #[error("the engine's process ended: {reason}")]
     Crashed { reason: String },
-    /// The engine made no progress within its budget, and was killed.
-    #[error("the engine made no progress for {seconds} s and was killed")]
+    /// The engine made no progress with it within its budget, and was killed if it did not stop.
+    #[error("the engine made no progress with it for {seconds} s")]
     Hung { seconds: u64 },
     /// No engine is there at the moment; nothing was tried.
     #[error("no engine is ready: {reason}")]

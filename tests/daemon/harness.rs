@@ -41,6 +41,13 @@ pub struct Site {
 }
 
 impl Site {
+    /// With an engine that takes so many requests at a time.
+    pub fn with_concurrency(concurrency: usize) -> Self {
+        let engine =
+            format!("command = [\"python3\", \"{SCRIPTED_ENGINE}\", \"{concurrency}\"]\nsilence_floor_s = 2\n");
+        Self { engine, ..Self::new() }
+    }
+
     /// With a queue of its own on the shared broker.
     pub fn new() -> Self {
         Self::on(&rabbitmq::shared().url())
@@ -152,6 +159,13 @@ impl Site {
     pub fn lasting(&self, tenths: u32) -> Value {
         let uri = format!("file://{}", self.path("documents/plain.txt").display());
         json!({ "version": 1, "task": "summarise", "documents": [{ "uri": uri }], "seed": 4, "max_new_tokens": tenths })
+    }
+
+    /// Sends a job that is answered after so many tenths of a second.
+    pub async fn send_lasting(&self, publisher: &Publisher, tenths: u32) -> JobId {
+        let id = JobId::random();
+        self.send_raw(publisher, id, &self.lasting(tenths), None).await;
+        id
     }
 
     /// Sends any JSON.

@@ -3,6 +3,7 @@
 #[path = "../services/mod.rs"]
 mod services;
 
+mod company;
 mod drops;
 mod errors;
 mod harness;
