@@ -48,6 +48,12 @@ section! {
     }
 }
 section! {
+    /// Devices that work on documents together.
+    Group {
+        name: String, gpus: Vec<usize>, cpu_threads: usize, ranks: usize, model: PathBuf, command: Vec<String>,
+    }
+}
+section! {
     /// How jobs are worked on.
     Work {
         lease_s: u64, ahead: usize, poll_ms: u64, grace_s: u64, max_document_bytes: u64, max_attempts: u32,
@@ -94,6 +100,7 @@ pub struct Raw {
     pub files: Files,
     pub results: Results,
     pub engine: Engine,
+    pub groups: Vec<Group>,
     pub work: Work,
     pub http: Http,
     pub stores: Vec<Store>,
@@ -114,10 +121,11 @@ impl Raw {
             files: take(&mut table, "files", faults).unwrap_or_default(),
             results: take(&mut table, "results", faults).unwrap_or_default(),
             engine: take(&mut table, "engine", faults).unwrap_or_default(),
+            groups: take_groups(&mut table, faults),
             work: take(&mut table, "work", faults).unwrap_or_default(),
             http: take(&mut table, "http", faults).unwrap_or_default(),
-            stores: take_list(&mut table, "store", faults),
-            drops: take_list(&mut table, "drop", faults),
+            stores: take_list(&mut table, "store", "store", faults),
+            drops: take_list(&mut table, "drop", "drop", faults),
         };
         faults.extend(table.keys().map(|key| format!("[{key}]: unknown section")));
         raw
@@ -129,8 +137,21 @@ fn take<T: DeserializeOwned>(table: &mut Table, name: &str, faults: &mut Vec<Str
     value.try_into().map_err(|error: toml::de::Error| faults.push(format!("[{name}]: {}", error.message()))).ok()
 }
 
-fn take_list<T: DeserializeOwned>(table: &mut Table, name: &str, faults: &mut Vec<String>) -> Vec<T> {
-    let Some(value) = table.remove(name) else { return Vec::new() };
+/// `[[pool.group]]`, which is all that `[pool]` has.
+fn take_groups(table: &mut Table, faults: &mut Vec<String>) -> Vec<Group> {
+    let Some(pool) = table.remove("pool") else { return Vec::new() };
+    let Value::Table(mut pool) = pool else {
+        faults.push("[pool]: write [[pool.group]], there may be several".to_owned());
+        return Vec::new();
+    };
+    let groups = take_list(&mut pool, "group", "pool.group", faults);
+    faults.extend(pool.keys().map(|key| format!("[pool] {key}: unknown; a pool has [[pool.group]] alone")));
+    groups
+}
+
+/// The list under `key`; `name` is what it is called in words.
+fn take_list<T: DeserializeOwned>(table: &mut Table, key: &str, name: &str, faults: &mut Vec<String>) -> Vec<T> {
+    let Some(value) = table.remove(key) else { return Vec::new() };
     let Value::Array(items) = value else {
         faults.push(format!("[{name}]: write [[{name}]], there may be several"));
         return Vec::new();

@@ -101,6 +101,15 @@ pub struct EngineInfo {
     pub device: String,
 }
 
+/// Memory beside the weights, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Demand {
+    /// What one request needs.
+    pub needed_bytes: u64,
+    /// What all requests together may need.
+    pub available_bytes: u64,
+}
+
 fn one() -> usize {
     1
 }
@@ -157,6 +166,10 @@ pub trait Engine: Send + Sync {
         query_at: usize,
         request: &AttentionRequest,
     ) -> Result<PrefillPlan, EngineError>;
+    /// The memory that a plan with so many generated tokens needs; absent where nobody counts.
+    fn demand(&self, _plan: &PrefillPlan, _new_tokens: usize) -> Option<Demand> {
+        None
+    }
     /// Runs one request to its end.
     fn infer(&self, request: &InferRequest, observer: Observer<'_>) -> Result<InferOutcome, EngineError>;
 }

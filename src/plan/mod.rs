@@ -5,6 +5,7 @@
 
 mod layout;
 mod memory;
+pub mod route;
 mod settings;
 mod split;
 #[cfg(test)]

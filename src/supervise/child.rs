@@ -115,9 +115,10 @@ impl Desk {
 
     fn plan_all(&self, asked: &mpsc::Receiver<Ask>) {
         for ask in asked {
-            if let Ask::Plan { id, context, query, query_at, attention } = ask {
+            if let Ask::Plan { id, context, query, query_at, attention, new_tokens } = ask {
                 let result = guarded(|| self.engine.plan(context, query, query_at, &attention));
-                self.answer(&Answer::Planned { id, result: result.map(Box::new) });
+                let demand = result.as_ref().ok().and_then(|plan| self.engine.demand(plan, new_tokens));
+                self.answer(&Answer::Planned { id, result: result.map(Box::new), demand });
             }
         }
     }

@@ -3,21 +3,21 @@
 //! Invariant: a request ends within its budget of silence, by an answer or by the child's death; no request meets a child that failed before.
 //! While there is no child, one is being started or waited for, whether there is work or not.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::RecvTimeoutError;
+use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use tracing::info;
 
-use super::culprits::Fingerprint;
+use super::culprits::{Culprits, Fingerprint};
 use super::flights::Fate;
 use super::keeper;
 use super::process::Process;
-use super::state::Supervisor;
+use super::state::{Outlook, Supervisor};
 use super::wire::{Answer, Ask};
-use crate::engine::{Engine, EngineError, EngineInfo, InferOutcome, InferRequest, Observer, Progress};
+use crate::engine::{Demand, Engine, EngineError, EngineInfo, InferOutcome, InferRequest, Observer, Progress};
 use crate::plan::{AttentionRequest, PrefillPlan};
 use crate::telemetry::health::Component;
 
@@ -27,6 +27,8 @@ const TICK: Duration = Duration::from_millis(100);
 /// How the child is run and watched.
 #[derive(Debug, Clone)]
 pub struct EngineOptions {
+    /// Its name in logs and metrics.
+    pub group: String,
     /// Program and arguments.
     pub program: Vec<String>,
     /// Time to load the model.
@@ -45,11 +47,22 @@ pub struct SupervisedEngine {
 
 impl SupervisedEngine {
     /// Starts the first child, and waits for its model.
-    pub fn start(options: EngineOptions, health: Component) -> Result<Self, String> {
+    pub(super) fn start(
+        options: EngineOptions,
+        health: Component,
+        culprits: Arc<Mutex<Culprits>>,
+    ) -> Result<Self, String> {
         let never = AtomicBool::new(false);
         let (process, info) = Process::start(&options.program, options.start_within, options.silence_floor, &never)?;
-        info!(engine.pid = process.id(), engine.model = info.model, engine.device = info.device, "the engine is ready");
-        let supervisor = Arc::new(Supervisor::new(options, process, info, health));
+        info!(
+            engine.group = options.group,
+            engine.pid = process.id(),
+            engine.model = info.model,
+            engine.device = info.device,
+            engine.concurrency = info.concurrency,
+            "the engine is ready"
+        );
+        let supervisor = Arc::new(Supervisor::new(options, process, info, health, culprits));
         let kept = supervisor.clone();
         let keeper = thread::Builder::new().name("apbd-engine-keeper".to_owned()).spawn(move || keeper::keep(&kept));
         let keeper = keeper.map_err(|error| format!("its keeper's thread could not be started: {error}"))?;
@@ -57,8 +70,20 @@ impl SupervisedEngine {
     }
 
     /// Requests that could be brought now without waiting.
-    pub fn room(&self) -> usize {
+    pub(super) fn room(&self) -> usize {
         self.supervisor.state().room()
+    }
+
+    /// Whether it can be had.
+    pub(super) fn outlook(&self) -> Outlook {
+        self.supervisor.state().outlook()
+    }
+
+    /// How it would run a request, and the memory that takes.
+    pub(super) fn offer(&self, request: &InferRequest) -> Result<(PrefillPlan, Option<Demand>), EngineError> {
+        let (context, query, query_at) = (request.context.len(), request.query.len(), request.query_at);
+        let (attention, new_tokens) = (request.attention.clone(), request.generation.max_new_tokens);
+        self.supervisor.plan(|id| Ask::Plan { id, context, query, query_at, attention, new_tokens })
     }
 }
 
@@ -280,7 +305,7 @@ impl Supervisor {
     }
 
     /// Asks the child for a plan, beside whatever it is at.
-    fn plan(&self, ask: impl FnOnce(u64) -> Ask) -> Result<PrefillPlan, EngineError> {
+    fn plan(&self, ask: impl FnOnce(u64) -> Ask) -> Result<(PrefillPlan, Option<Demand>), EngineError> {
         let (id, process) = {
             let mut state = self.state();
             (state.new_id(), state.process().cloned())
@@ -291,7 +316,7 @@ impl Supervisor {
         let call = process.call(id);
         let failed = match process.say(&ask(id)).then(|| call.answers.recv_timeout(self.options.silence_floor)) {
             Some(Ok(Answer::Planned { result: Err(EngineError::Crashed { reason }), .. })) => reason,
-            Some(Ok(Answer::Planned { result, .. })) => return result.map(|plan| *plan),
+            Some(Ok(Answer::Planned { result, demand, .. })) => return result.map(|plan| (*plan, demand)),
             Some(Err(RecvTimeoutError::Disconnected)) => process.ending(),
             Some(Ok(_) | Err(RecvTimeoutError::Timeout)) => "it gives no plan".to_owned(),
             None => "it does not listen".to_owned(),
@@ -319,7 +344,9 @@ impl Engine for SupervisedEngine {
         query_at: usize,
         attention: &AttentionRequest,
     ) -> Result<PrefillPlan, EngineError> {
-        self.supervisor.plan(|id| Ask::Plan { id, context, query, query_at, attention: attention.clone() })
+        let attention = attention.clone();
+        let ask = |id| Ask::Plan { id, context, query, query_at, attention, new_tokens: 0 };
+        self.supervisor.plan(ask).map(|(plan, _)| plan)
     }
 
     fn infer(&self, request: &InferRequest, observer: Observer<'_>) -> Result<InferOutcome, EngineError> {

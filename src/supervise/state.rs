@@ -21,6 +21,17 @@ use crate::telemetry::metrics;
 /// Contexts from this length on say how fast an engine is; of shorter ones most of the time is not theirs.
 const MEASURED_FROM_TOKENS: usize = 1024;
 
+/// Whether an engine can be had.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) enum Outlook {
+    /// Now.
+    Ready,
+    /// Soon: one is being started.
+    Coming,
+    /// Not soon, and why.
+    Down(String),
+}
+
 /// One engine: what it is, and what it is at.
 pub(super) struct Supervisor {
     pub options: EngineOptions,
@@ -31,7 +42,8 @@ pub(super) struct Supervisor {
     changed: Condvar,
     /// Nobody needs the engine any more.
     pub stop: AtomicBool,
-    pub culprits: Mutex<Culprits>,
+    /// Shared with the other engines of its pool.
+    culprits: Arc<Mutex<Culprits>>,
     health: Component,
 }
 
@@ -80,17 +92,27 @@ impl State {
         Some(child.process.clone())
     }
 
+    /// Whether there is, or will be, an engine.
+    pub fn outlook(&self) -> Outlook {
+        if let Some(left) = self.breaker.open_for(Instant::now()) {
+            return Outlook::Down(format!("it keeps dying; the next try is in {} s", left.as_secs().max(1)));
+        }
+        match (&self.child, &self.fault) {
+            (Some(_), _) => Outlook::Ready,
+            (None, Some(fault)) => Outlook::Down(fault.clone()),
+            (None, None) => Outlook::Coming,
+        }
+    }
+
     /// Why a request that waits should not.
     pub fn refusal(&mut self, id: u64) -> Option<EngineError> {
-        let unavailable = |reason: String| Some(EngineError::Unavailable { reason });
-        if let Some(left) = self.breaker.open_for(Instant::now()) {
-            return unavailable(format!("it keeps dying; the next try is in {} s", left.as_secs().max(1)));
-        }
-        if let (None, Some(fault)) = (&self.child, &self.fault) {
-            return unavailable(fault.clone());
+        if let Outlook::Down(reason) = self.outlook() {
+            return Some(EngineError::Unavailable { reason });
         }
         match self.flights.fate(id) {
-            Some(Fate::Released) => unavailable("it ended under another request".to_owned()),
+            Some(Fate::Released) => {
+                Some(EngineError::Unavailable { reason: "it ended under another request".to_owned() })
+            }
             _ => None,
         }
     }
@@ -118,12 +140,18 @@ impl State {
 
 impl Supervisor {
     /// With a first child that is ready.
-    pub fn new(options: EngineOptions, process: Process, info: EngineInfo, health: Component) -> Self {
+    pub fn new(
+        options: EngineOptions,
+        process: Process,
+        info: EngineInfo,
+        health: Component,
+        culprits: Arc<Mutex<Culprits>>,
+    ) -> Self {
         health.ready();
         let child = Some(Child { process: Arc::new(process), capacity: info.concurrency.max(1) });
         let (breaker, flights) = (Breaker::default(), Flights::default());
         let state = Mutex::new(State { child, breaker, flights, next_id: 0, tokens_per_s: None, fault: None });
-        let (changed, stop, culprits) = (Condvar::new(), AtomicBool::new(false), Mutex::default());
+        let (changed, stop) = (Condvar::new(), AtomicBool::new(false));
         Self { options, info, state, changed, stop, culprits, health }
     }
 
@@ -147,7 +175,7 @@ impl Supervisor {
 
     /// A new child is ready.
     pub fn started(&self, process: Process, info: &EngineInfo) {
-        info!(engine.pid = process.id(), "a new engine is ready");
+        info!(engine.group = self.options.group, engine.pid = process.id(), "a new engine is ready");
         let mut state = self.state();
         state.fault = None;
         state.child = Some(Child { process: Arc::new(process), capacity: info.concurrency.max(1) });
@@ -157,8 +185,8 @@ impl Supervisor {
 
     /// No child could be started.
     pub fn not_started(&self, reason: String) {
-        warn!(error.message = reason, "the engine does not start");
-        metrics::ENGINE_ENDS.add(&["not_started"], 1);
+        warn!(engine.group = self.options.group, error.message = reason, "the engine does not start");
+        metrics::ENGINE_ENDS.add(&[&self.options.group, "not_started"], 1);
         let mut state = self.state();
         state.breaker.failed(Instant::now());
         self.health.degraded(&reason);
@@ -180,13 +208,14 @@ impl Supervisor {
         warn!(
             error.kind = kind,
             error.message = reason,
+            engine.group = self.options.group,
             engine.pid = process.id(),
             engine.requests = running,
             engine.given_up = open,
             "the engine is replaced"
         );
         self.health.degraded(&format!("the engine is replaced: {reason}"));
-        metrics::ENGINE_ENDS.add(&[kind], 1);
+        metrics::ENGINE_ENDS.add(&[&self.options.group, kind], 1);
         drop(state);
         process.kill();
         self.notify();

@@ -8,7 +8,7 @@ use std::io::{self, Read, Write};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::engine::{EngineError, EngineInfo, InferOutcome, InferRequest, Progress};
+use crate::engine::{Demand, EngineError, EngineInfo, InferOutcome, InferRequest, Progress};
 use crate::plan::{AttentionRequest, PrefillPlan};
 
 /// Longest message: some ten million tokens.
@@ -21,7 +21,7 @@ pub enum Ask {
     /// Run it to its end.
     Infer { id: u64, request: Box<InferRequest> },
     /// Say how it would be cut.
-    Plan { id: u64, context: usize, query: usize, query_at: usize, attention: AttentionRequest },
+    Plan { id: u64, context: usize, query: usize, query_at: usize, attention: AttentionRequest, new_tokens: usize },
     /// Stop this request, if it still runs or waits.
     Cancel { id: u64 },
 }
@@ -38,8 +38,8 @@ pub enum Answer {
     Progress { id: u64, progress: Progress },
     /// The end of a request.
     Done { id: u64, result: Result<Box<InferOutcome>, EngineError> },
-    /// The end of a request for a plan.
-    Planned { id: u64, result: Result<Box<PrefillPlan>, EngineError> },
+    /// The end of a request for a plan; with the memory that it needs, if the engine counts that.
+    Planned { id: u64, result: Result<Box<PrefillPlan>, EngineError>, demand: Option<Demand> },
 }
 
 impl Answer {
