@@ -107,7 +107,7 @@ impl Args {
         }
     }
 
-    fn forward<D: Devices>(&self, engine: &ModelEngine<D>, input: &Input) -> Result<Status, CliError> {
+    fn forward<D: Devices + 'static>(&self, engine: &ModelEngine<D>, input: &Input) -> Result<Status, CliError> {
         let (context, query) = (&input.context[..], &input.query[..]);
         let plan = engine.plan(context.len(), query.len(), self.query_at, &self.request()).map_err(cli_error)?;
         let job = Job { context, query, plan: &plan, new_tokens: self.steps };

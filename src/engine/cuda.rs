@@ -19,6 +19,9 @@ use super::service::ModelEngine;
 /// Left free for what is small and not counted: work lists, positions, token ids, keys of the selection.
 const UNCOUNTED_BYTES: u64 = 128 << 20;
 
+/// Sequences at a time: as many keys and values as one launch of attention reads from, less some for the context that prefills.
+const CONCURRENCY: usize = 48;
+
 /// How to open a model on a GPU.
 #[derive(Debug, Clone, Default)]
 pub struct CudaEngineOptions {
@@ -73,6 +76,10 @@ impl Devices for CudaDevices {
 
     fn ranks(&self) -> usize {
         1
+    }
+
+    fn concurrency(&self) -> usize {
+        CONCURRENCY
     }
 
     fn element_bytes(&self) -> usize {

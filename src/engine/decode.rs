@@ -1,157 +1,228 @@
-//! Query and generated tokens, one pass for both: every host attends over its own keys and values, the partial
-//! results of all hosts are gathered and merged by log-sum-exp, everywhere in the order of the hosts.
+//! Query and generated tokens, of many sequences in one pass: every rank attends over its own keys and values, the partial results of
+//! the ranks are gathered and merged by log-sum-exp, everywhere in the order of the ranks.
 //!
-//! Invariant: after a pass every rank has the same hidden state, bit for bit; how many ranks there are changes nothing, because
-//! a host's part is computed alone and the parts are merged in their order.
+//! Invariant: after a pass every rank has the same hidden state, bit for bit; a row sees its own sequence alone.
 
 use std::ops::Range;
 
-use crate::backend::{AttentionTask, Backend, Mask, Segment};
+use crate::backend::{AttentionTask, Backend, BackendError, KvMut, Mask, Next, Segment, Wanted};
 use crate::comm::Comm;
-use crate::generate::sampler::Choice;
-use crate::plan::{PrefillPlan, QUERY_CHUNK};
+use crate::model::ModelSpec;
+use crate::model::weights::LayerWeights;
 
 use super::kv::{KeyValues, KvCache};
 use super::rank::{Activations, Rank, RankError};
 
-/// A prefilled context that tokens can be appended to.
-pub(super) struct Decoder<'r, 'a, B: Backend, C> {
-    rank: &'r Rank<'a, B, C>,
-    plan: &'r PrefillPlan,
+/// A prefilled context that tokens can be appended to; one rank's part of it.
+pub(super) struct Sequence<B: Backend> {
+    /// Tokens of the context.
+    context: usize,
     cache: KvCache<B>,
-    /// Row ranges of this rank's hosts in the cache.
-    locals: Vec<Range<usize>>,
-    hosts: Range<usize>,
-    /// Hosts of each rank.
-    hosts_of: Vec<usize>,
     /// Tokens that have gone through since the prefill.
     stored: usize,
-    activations: Activations<B>,
-    /// Keys and values of the new rows where this rank does not keep them.
-    unkept: KeyValues<B::Matrix>,
-    /// The packed rows once for each of the rank's hosts, at the host's place in the stack.
-    queries: B::Matrix,
-    /// Partial results of all hosts, stacked; elsewhere while they are gathered.
-    parts: Option<B::Matrix>,
-    part_lse: B::Scores,
-    last_row: usize,
 }
 
-impl<'r, 'a, B: Backend, C: Comm<B::Matrix, B::Scores>> Decoder<'r, 'a, B, C> {
+impl<B: Backend> Sequence<B> {
     /// Takes over what prefill left.
-    pub fn new(rank: &'r Rank<'a, B, C>, plan: &'r PrefillPlan, cache: KvCache<B>) -> Result<Self, RankError> {
+    pub fn new(context: usize, cache: KvCache<B>) -> Self {
+        Self { context, cache, stored: 0 }
+    }
+
+    /// Positions of the next `count` tokens.
+    fn positions(&self, count: usize) -> Range<u32> {
+        let first = self.context + self.stored;
+        // A plan holds no more tokens than fit into 32 bits.
+        first as u32..(first + count) as u32
+    }
+
+    /// New rows over the rank's local blocks, and, where they are kept, over themselves and their predecessors.
+    fn task(&self, source: usize, queries: Range<usize>) -> AttentionTask {
+        let mut segments = vec![Segment { source, rows: 0..self.cache.local, mask: Mask::Full }];
+        if self.cache.tail > 0 {
+            let tail = self.cache.local..self.cache.local + self.stored + queries.len();
+            segments.push(Segment { source, rows: tail, mask: Mask::Causal });
+        }
+        AttentionTask { queries, segments }
+    }
+}
+
+/// A sequence in a pass, with the tokens that are appended to it.
+pub(super) type Fed<'a, B> = (&'a mut Sequence<B>, &'a [u32]);
+
+/// Buffers of a pass; they serve all sequences.
+pub(super) struct Decoder<B: Backend> {
+    activations: Activations<B>,
+    /// Keys and values of new rows where this rank does not keep them.
+    unkept: KeyValues<B::Matrix>,
+    /// The last row of every sequence of the pass, `[rows, hidden]`.
+    last: B::Matrix,
+    stack: Option<Stack<B>>,
+}
+
+/// What several ranks need besides.
+struct Stack<B: Backend> {
+    /// The packed rows, at this rank's place in the stack.
+    queries: B::Matrix,
+    /// Partial results of all ranks; elsewhere while they are gathered.
+    parts: Option<B::Matrix>,
+    lse: B::Scores,
+}
+
+impl<B: Backend> Decoder<B> {
+    /// Buffers for passes of `rows` rows at most.
+    pub fn new<C: Comm<B::Matrix, B::Scores>>(rank: &Rank<'_, B, C>, rows: usize) -> Result<Self, BackendError> {
         let (backend, shape, ranks) = (rank.backend, rank.shape(), rank.comm.size());
-        let rows = plan.query.min(QUERY_CHUNK);
-        let layout = plan.layout(rank.comm.rank(), ranks);
-        let first = layout.local_rows().start;
-        let stack = rows * plan.hosts.len();
+        let stacked = || {
+            Ok::<_, BackendError>(Stack {
+                queries: backend.matrix(rows * ranks, shape.qkv_width())?,
+                parts: Some(backend.matrix(rows * ranks, shape.q_width())?),
+                lse: backend.scores(rows * ranks, shape.heads)?,
+            })
+        };
         Ok(Self {
-            rank,
-            plan,
-            cache,
-            locals: layout.locals.iter().map(|rows| rows.start - first..rows.end - first).collect(),
-            hosts: layout.hosts,
-            hosts_of: (0..ranks).map(|rank| plan.hosts_of(rank, ranks).len()).collect(),
-            stored: 0,
             activations: Activations::new(backend, rank.spec, rows)?,
             unkept: KeyValues::new(backend, shape, rows)?,
-            queries: backend.matrix(stack, shape.qkv_width())?,
-            parts: Some(backend.matrix(stack, shape.q_width())?),
-            part_lse: backend.scores(stack, shape.heads)?,
-            last_row: 0,
+            last: backend.matrix(rows, rank.spec.hidden)?,
+            stack: if ranks > 1 { Some(stacked()?) } else { None },
         })
     }
 
-    /// Appends tokens, at the positions after all tokens so far.
-    pub fn append(&mut self, tokens: &[u32]) -> Result<(), RankError> {
-        for chunk in tokens.chunks(QUERY_CHUNK) {
-            self.pass(chunk)?;
-        }
-        Ok(())
-    }
-
-    /// Logits of the last token that was appended.
-    pub fn logits(&self) -> Result<Vec<f32>, RankError> {
-        let (rank, x) = (self.rank, &self.activations.x);
-        let head = rank.weights.language_model_head();
-        Ok(rank.backend.logits(x, self.last_row, &rank.weights.final_norm, rank.spec.epsilon, head)?)
-    }
-
-    /// The token after the last one that was appended, if the device chooses; `None` also if its logits are not finite.
-    pub fn choose(&self, choice: &Choice) -> Result<Option<u32>, RankError> {
-        let (rank, x) = (self.rank, &self.activations.x);
-        let head = rank.weights.language_model_head();
-        let Choice { temperature, top_p, draw } = *choice;
-        let (norm, epsilon) = (&rank.weights.final_norm, rank.spec.epsilon);
-        Ok(rank.backend.choose_token(x, self.last_row, norm, epsilon, head, (temperature, top_p, draw))?)
-    }
-
-    fn pass(&mut self, tokens: &[u32]) -> Result<(), RankError> {
-        let (rank, rows) = (self.rank, tokens.len());
-        let first = self.plan.context + self.stored;
-        let positions: Vec<u32> = (first..first + rows).map(|position| position as u32).collect();
-        let tasks = self.tasks(rows);
-        rank.backend.embed(&rank.weights.embedding, tokens, &mut self.activations.x)?;
+    /// Takes the new tokens of all sequences through all layers.
+    pub fn pass<C: Comm<B::Matrix, B::Scores>>(
+        &mut self,
+        rank: &Rank<'_, B, C>,
+        fed: &mut [Fed<'_, B>],
+    ) -> Result<(), RankError> {
+        let tokens: Vec<u32> = fed.iter().flat_map(|(_, tokens)| tokens.iter().copied()).collect();
+        let pass = Pass::new(fed);
+        rank.backend.embed(&rank.weights.embedding, &tokens, &mut self.activations.x)?;
         for (layer, weights) in rank.weights.layers.iter().enumerate() {
-            self.activations.project(rank.backend, rank.spec, weights, rows)?;
-            self.rope(layer, &positions)?;
-            self.attend(layer, rows, &tasks)?;
-            self.activations.close(rank.backend, rank.spec, weights, rows)?;
+            self.layer(rank, layer, weights, &pass, fed)?;
         }
-        self.stored += rows;
-        self.last_row = rows - 1;
-        Ok(())
+        for (sequence, tokens) in fed.iter_mut() {
+            sequence.stored += tokens.len();
+        }
+        self.keep_last_rows(rank.backend, &pass)
     }
 
-    /// Rotates the new rows; the rank of the last host keeps their keys and values.
-    fn rope(&mut self, layer: usize, positions: &[u32]) -> Result<(), RankError> {
-        let (rank, rope) = (self.rank, &self.rank.spec.rope);
-        let destination = match self.cache.tail {
-            0 => self.unkept.at(0),
-            _ => self.cache.layers[layer].at(self.cache.local + self.stored),
-        };
-        let (rows, qkv) = (0..positions.len(), &mut self.activations.qkv);
-        rank.backend.rope_store(rank.shape(), rows, positions, &rope.inv_freq, rope.scale, qkv, destination)?;
-        Ok(())
+    /// For each sequence of the last pass, in its order, what is wanted of its last token's logits.
+    pub fn next<C: Comm<B::Matrix, B::Scores>>(
+        &self,
+        rank: &Rank<'_, B, C>,
+        wanted: &[Wanted],
+    ) -> Result<Vec<Next>, RankError> {
+        let (head, spec): (_, &ModelSpec) = (rank.weights.language_model_head(), rank.spec);
+        Ok(rank.backend.next_tokens(&self.last, &rank.weights.final_norm, spec.epsilon, head, wanted)?)
     }
 
-    /// The new rows over each host of this rank; over themselves and their predecessors with the last one.
-    fn tasks(&self, rows: usize) -> Vec<AttentionTask> {
-        let segment = |rows, mask| Segment { source: 0, rows, mask };
-        let task = |(index, local): (usize, &Range<usize>)| {
-            let host = self.hosts.start + index;
-            let mut segments = vec![segment(local.clone(), Mask::Full)];
-            if host + 1 == self.plan.hosts.len() {
-                let tail = self.cache.local..self.cache.local + self.stored + rows;
-                segments.push(segment(tail, Mask::Causal));
+    fn layer<C: Comm<B::Matrix, B::Scores>>(
+        &mut self,
+        rank: &Rank<'_, B, C>,
+        layer: usize,
+        weights: &LayerWeights<B>,
+        pass: &Pass,
+        fed: &mut [Fed<'_, B>],
+    ) -> Result<(), RankError> {
+        let (backend, rows) = (rank.backend, pass.positions.len());
+        self.activations.project(backend, rank.spec, weights, rows)?;
+        self.rope(rank, layer, pass, fed)?;
+        self.attend(rank, layer, pass, fed)?;
+        Ok(self.activations.close(backend, rank.spec, weights, rows)?)
+    }
+
+    /// Rotates the new rows; the rank of a sequence's last host keeps their keys and values.
+    fn rope<C: Comm<B::Matrix, B::Scores>>(
+        &mut self,
+        rank: &Rank<'_, B, C>,
+        layer: usize,
+        pass: &Pass,
+        fed: &mut [Fed<'_, B>],
+    ) -> Result<(), RankError> {
+        let (backend, shape, rope, qkv) = (rank.backend, rank.shape(), &rank.spec.rope, &mut self.activations.qkv);
+        let (inv_freq, scale) = (&rope.inv_freq, rope.scale);
+        let is_kept = fed.iter().all(|(sequence, _)| sequence.cache.tail > 0);
+        if pass.is_single_tokens() && is_kept {
+            let mut places: Vec<KvMut<'_, B::Matrix>> = Vec::with_capacity(fed.len());
+            for (sequence, _) in fed.iter_mut() {
+                places.push(sequence.cache.tail_at(layer, sequence.stored));
             }
-            AttentionTask { queries: host * rows..(host + 1) * rows, segments }
-        };
-        self.locals.iter().enumerate().map(task).collect()
-    }
-
-    fn attend(&mut self, layer: usize, rows: usize, tasks: &[AttentionTask]) -> Result<(), RankError> {
-        let (rank, backend, shape) = (self.rank, self.rank.backend, self.rank.shape());
-        let hosts = self.plan.hosts.len();
-        if hosts == 1 {
-            // Nothing to stack, and nobody to gather from.
-            let (q, sources) = (&self.activations.qkv, [self.cache.layers[layer].view()]);
-            backend.attention(shape, q, &sources, tasks, &mut self.activations.attended, None)?;
-            return Ok(());
+            return Ok(backend.rope_store_each(shape, &pass.positions, inv_freq, scale, qkv, places)?);
         }
-        let mut parts = self.parts.take().expect("in place between collectives");
-        for task in tasks {
-            backend.copy_rows(&self.activations.qkv, 0, rows, &mut self.queries, task.queries.start)?;
+        for ((sequence, _), rows) in fed.iter_mut().zip(&pass.rows) {
+            let place = match sequence.cache.tail {
+                0 => self.unkept.at(rows.start),
+                _ => sequence.cache.tail_at(layer, sequence.stored),
+            };
+            backend.rope_store(shape, rows.clone(), &pass.positions[rows.clone()], inv_freq, scale, qkv, place)?;
         }
-        if !tasks.is_empty() {
-            let sources = [self.cache.layers[layer].view()];
-            backend.attention(shape, &self.queries, &sources, tasks, &mut parts, Some(&mut self.part_lse))?;
-        }
-        let counts: Vec<usize> = self.hosts_of.iter().map(|hosts| hosts * rows).collect();
-        let gathering = rank.comm.all_gather(parts, &counts)?;
-        rank.comm.all_gather_scores(&mut self.part_lse, &counts)?;
-        let parts = self.parts.insert(rank.comm.finish(gathering)?);
-        backend.merge_stacked(shape, rows, hosts, parts, &self.part_lse, &mut self.activations.attended)?;
         Ok(())
     }
+
+    fn attend<C: Comm<B::Matrix, B::Scores>>(
+        &mut self,
+        rank: &Rank<'_, B, C>,
+        layer: usize,
+        pass: &Pass,
+        fed: &[Fed<'_, B>],
+    ) -> Result<(), RankError> {
+        let (backend, shape, rows) = (rank.backend, rank.shape(), pass.positions.len());
+        let sources: Vec<_> = fed.iter().map(|(sequence, _)| sequence.cache.layers[layer].view()).collect();
+        let Activations { qkv, attended, .. } = &mut self.activations;
+        let Some(Stack { queries, parts, lse }) = &mut self.stack else {
+            backend.attention(shape, qkv, &sources, &pass.tasks, attended, None)?;
+            return Ok(());
+        };
+        let (me, ranks) = (rank.comm.rank(), rank.comm.size());
+        let mut gathered = parts.take().expect("in place between collectives");
+        let tasks: Vec<_> = pass.tasks.iter().map(|task| shifted(task, me * rows)).collect();
+        backend.copy_rows(qkv, 0, rows, queries, me * rows)?;
+        backend.attention(shape, queries, &sources, &tasks, &mut gathered, Some(lse))?;
+        let counts = vec![rows; ranks];
+        let gathering = rank.comm.all_gather(gathered, &counts)?;
+        rank.comm.all_gather_scores(lse, &counts)?;
+        let parts = parts.insert(rank.comm.finish(gathering)?);
+        Ok(backend.merge_stacked(shape, rows, ranks, parts, lse, attended)?)
+    }
+
+    fn keep_last_rows(&mut self, backend: &B, pass: &Pass) -> Result<(), RankError> {
+        if pass.is_single_tokens() {
+            return Ok(backend.copy_rows(&self.activations.x, 0, pass.rows.len(), &mut self.last, 0)?);
+        }
+        for (index, rows) in pass.rows.iter().enumerate() {
+            backend.copy_rows(&self.activations.x, rows.end - 1, 1, &mut self.last, index)?;
+        }
+        Ok(())
+    }
+}
+
+/// Which row of a pass is what; the same in every layer.
+struct Pass {
+    positions: Vec<u32>,
+    /// Rows of each sequence.
+    rows: Vec<Range<usize>>,
+    /// What each sequence attends to on this rank.
+    tasks: Vec<AttentionTask>,
+}
+
+impl Pass {
+    fn new<B: Backend>(fed: &[Fed<'_, B>]) -> Self {
+        let mut pass = Self { positions: Vec::new(), rows: Vec::new(), tasks: Vec::new() };
+        for (source, (sequence, tokens)) in fed.iter().enumerate() {
+            let first = pass.positions.len();
+            let rows = first..first + tokens.len();
+            pass.positions.extend(sequence.positions(tokens.len()));
+            pass.tasks.push(sequence.task(source, rows.clone()));
+            pass.rows.push(rows);
+        }
+        pass
+    }
+
+    fn is_single_tokens(&self) -> bool {
+        self.rows.len() == self.positions.len()
+    }
+}
+
+/// A task whose queries stand further down.
+fn shifted(task: &AttentionTask, by: usize) -> AttentionTask {
+    AttentionTask { queries: task.queries.start + by..task.queries.end + by, segments: task.segments.clone() }
 }

@@ -1,6 +1,6 @@
 //! Where an engine's ranks run.
 //!
-//! Invariant: a communicator serves one inference; after a failure nothing of it is used again.
+//! Invariant: a communicator serves one group; after a failure nothing of it is used again.
 
 use std::sync::Arc;
 
@@ -38,6 +38,8 @@ pub trait Devices: Send + Sync {
     fn name(&self) -> String;
     /// Ranks there are.
     fn ranks(&self) -> usize;
+    /// Sequences that they work on at a time, at most.
+    fn concurrency(&self) -> usize;
     /// Bytes of an activation.
     fn element_bytes(&self) -> usize;
     /// Bytes of a row of keys and its values in one layer, as they are kept for decode.
@@ -48,7 +50,7 @@ pub trait Devices: Send + Sync {
     fn scratch_bytes(&self, spec: &ModelSpec) -> u64;
     /// What there is now.
     fn memory(&self) -> Memory;
-    /// Backends and connected communicator ends for an inference on the first `active` ranks, in their order.
+    /// Backends and connected communicator ends of the first `active` ranks, in their order.
     #[allow(clippy::type_complexity)]
     fn connect(&self, active: usize) -> Result<Vec<(Arc<Self::Backend>, Self::Comm)>, EngineError>;
     /// The weights as rank `rank` uses them.

@@ -107,4 +107,10 @@ impl<B: Backend> KvCache<B> {
         let layer = |_| KeyValues::kept(backend, spec.shape, local + tail);
         Ok(Self { layers: (0..spec.layers).map(layer).collect::<Result<_, _>>()?, local, tail })
     }
+
+    /// Where a layer's keys and values of the token go that comes after `stored` others since the prefill.
+    pub fn tail_at(&mut self, layer: usize, stored: usize) -> KvMut<'_, B::Matrix> {
+        let first_row = self.local + stored;
+        self.layers[layer].at(first_row)
+    }
 }

@@ -25,6 +25,9 @@ const PEER_DEADLINE: Duration = Duration::from_secs(60 * 60);
 /// Rows that a thread of the backend works on at a time, at most.
 const SCRATCH_ROWS: usize = 512;
 
+/// Inferences at a time unless told otherwise: a processor is busy with one prefill, and gains a little by generating for a few at once.
+const CONCURRENCY: usize = 4;
+
 /// How to open a model on this machine.
 #[derive(Debug, Clone)]
 pub struct LocalOptions {
@@ -34,6 +37,8 @@ pub struct LocalOptions {
     pub ranks: usize,
     /// Threads of all ranks together.
     pub threads: usize,
+    /// Inferences at a time.
+    pub concurrency: usize,
     /// Memory for an inference beyond the weights, in bytes; absent: what the system has available at the time.
     pub memory_bytes: Option<u64>,
 }
@@ -41,7 +46,7 @@ pub struct LocalOptions {
 impl Default for LocalOptions {
     fn default() -> Self {
         let threads = available_parallelism().map_or(1, usize::from);
-        Self { heads: None, ranks: 1, threads, memory_bytes: None }
+        Self { heads: None, ranks: 1, threads, concurrency: CONCURRENCY, memory_bytes: None }
     }
 }
 
@@ -50,6 +55,7 @@ pub struct CpuDevices {
     weights: Weights<Cpu>,
     ranks: usize,
     threads: usize,
+    concurrency: usize,
     memory_bytes: Option<u64>,
 }
 
@@ -65,6 +71,7 @@ impl ModelEngine<CpuDevices> {
                 weights: Weights::load(&loader, files.directory, &files.spec, files.heads.as_deref())?,
                 ranks: options.ranks.max(1),
                 threads: options.threads.max(1),
+                concurrency: options.concurrency.max(1),
                 memory_bytes: options.memory_bytes,
             })
         })
@@ -81,6 +88,10 @@ impl Devices for CpuDevices {
 
     fn ranks(&self) -> usize {
         self.ranks
+    }
+
+    fn concurrency(&self) -> usize {
+        self.concurrency
     }
 
     fn element_bytes(&self) -> usize {

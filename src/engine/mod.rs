@@ -3,28 +3,32 @@
 //! Invariant: knows no queue, no store and no document; tokens in, tokens out.
 
 mod attention;
-mod control;
+mod command;
+mod conversation;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod decode;
 pub mod devices;
 mod digest;
+mod group;
 mod host_memory;
-mod infer;
 mod kv;
+mod lead;
 mod local;
+mod member;
 mod open;
 mod prefill;
 mod rank;
 mod ranks;
+pub mod schedule;
 mod service;
 
 use std::time::Duration;
 
-pub use control::Driver;
+pub use command::{Command, Feed, Job, OwnedJob, SequenceId};
+pub use conversation::{Driver, Timing};
 #[cfg(feature = "cuda")]
 pub use cuda::{CudaDevices, CudaEngine, CudaEngineOptions};
-pub use infer::{Job, Timing};
 pub use local::{CpuDevices, LocalEngine, LocalOptions};
 pub use open::OpenError;
 pub use rank::{Rank, RankError};

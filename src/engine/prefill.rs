@@ -1,18 +1,26 @@
-//! The prefill: the rows of a rank through all layers, keeping the keys and values of its local blocks.
+//! The prefill: the rows of a rank through all layers, one layer a call, keeping the keys and values of its local blocks.
 //!
 //! Invariant: a rank without rows takes part in every collective and in nothing else.
 
 use crate::backend::Backend;
 use crate::comm::Comm;
-use crate::plan::{AttentionMode, RankLayout};
+use crate::plan::{AttentionMode, PrefillPlan, RankLayout};
 
-use super::Progress;
 use super::attention::blocks::BlockAttention;
 use super::attention::ring::RingAttention;
-use super::control::Control;
-use super::infer::Job;
+use super::command::OwnedJob;
+use super::decode::Sequence;
 use super::kv::{KeyValues, KvCache};
 use super::rank::{Activations, Rank, RankError};
+
+/// A context on its way through the layers.
+pub(super) struct Prefill<B: Backend> {
+    plan: PrefillPlan,
+    state: PrefillState<B>,
+    attention: Attention<B>,
+    cache: KvCache<B>,
+    layers_done: usize,
+}
 
 /// What the layer loop works on; buffers are reused by every layer.
 pub(super) struct PrefillState<B: Backend> {
@@ -31,47 +39,53 @@ enum Attention<B: Backend> {
     Ring(RingAttention<B>),
 }
 
-/// Runs the context through the model.
-pub(super) fn prefill<B: Backend, C: Comm<B::Matrix, B::Scores>>(
-    rank: &Rank<'_, B, C>,
-    job: &Job<'_>,
-    control: &mut Control<'_>,
-) -> Result<KvCache<B>, RankError> {
-    let layout = job.plan.layout(rank.comm.rank(), rank.comm.size());
-    let mut cache = KvCache::new(rank.backend, rank.spec, job.plan, &layout, job.new_tokens)?;
-    let mut attention = match job.plan.mode {
-        AttentionMode::Ring => Attention::Ring(RingAttention::new(rank, job.plan, &layout)?),
-        _ => Attention::Blocks(BlockAttention::new(rank, job.plan, &layout)?),
-    };
-    let mut state = PrefillState::new(rank, job, layout)?;
-    let layers = rank.spec.layers;
-    control.proceed(rank, Progress::Prefill { layers_done: 0, layers })?;
-    for layer in 0..layers {
-        state.layer(rank, job, layer, &mut attention, &mut cache)?;
-        control.proceed(rank, Progress::Prefill { layers_done: layer + 1, layers })?;
+impl<B: Backend> Prefill<B> {
+    /// Takes all the memory that the sequence will need on this rank, and embeds its rows.
+    pub fn begin<C: Comm<B::Matrix, B::Scores>>(rank: &Rank<'_, B, C>, job: &OwnedJob) -> Result<Self, RankError> {
+        let plan = job.plan.clone();
+        let layout = plan.layout(rank.comm.rank(), rank.comm.size());
+        let cache = KvCache::new(rank.backend, rank.spec, &plan, &layout, job.new_tokens)?;
+        let attention = match plan.mode {
+            AttentionMode::Ring => Attention::Ring(RingAttention::new(rank, &plan, &layout)?),
+            _ => Attention::Blocks(BlockAttention::new(rank, &plan, &layout)?),
+        };
+        let state = PrefillState::new(rank, job, layout)?;
+        Ok(Self { plan, state, attention, cache, layers_done: 0 })
     }
-    Ok(cache)
+
+    /// Takes the next layer; `true` if it was the last.
+    pub fn layer<C: Comm<B::Matrix, B::Scores>>(&mut self, rank: &Rank<'_, B, C>) -> Result<bool, RankError> {
+        let Self { plan, state, attention, cache, layers_done } = self;
+        state.layer(rank, plan, *layers_done, attention, cache)?;
+        *layers_done += 1;
+        Ok(*layers_done == rank.spec.layers)
+    }
+
+    /// What is left of a prefill whose last layer has been taken.
+    pub fn finish(self) -> Sequence<B> {
+        Sequence::new(self.plan.context, self.cache)
+    }
 }
 
 impl<B: Backend> PrefillState<B> {
     fn new<C: Comm<B::Matrix, B::Scores>>(
         rank: &Rank<'_, B, C>,
-        job: &Job<'_>,
+        job: &OwnedJob,
         layout: RankLayout,
     ) -> Result<Self, RankError> {
         let mut activations = Activations::new(rank.backend, rank.spec, layout.rows)?;
         if layout.rows > 0 {
-            let tokens = layout.tokens(job.plan, job.context, job.query);
+            let tokens = layout.tokens(&job.plan, &job.context, &job.query);
             rank.backend.embed(&rank.weights.embedding, &tokens, &mut activations.x)?;
         }
         let working = KeyValues::new(rank.backend, rank.shape(), layout.rows)?;
-        Ok(Self { positions: layout.positions(job.plan), layout, activations, working })
+        Ok(Self { positions: layout.positions(&job.plan), layout, activations, working })
     }
 
     fn layer<C: Comm<B::Matrix, B::Scores>>(
         &mut self,
         rank: &Rank<'_, B, C>,
-        job: &Job<'_>,
+        plan: &PrefillPlan,
         layer: usize,
         attention: &mut Attention<B>,
         cache: &mut KvCache<B>,
@@ -84,7 +98,7 @@ impl<B: Backend> PrefillState<B> {
         // Of the last layer only keys and values are used: nothing reads the context's hidden state after it.
         let is_last = layer + 1 == rank.spec.layers;
         if let (Attention::Blocks(blocks), false) = (&mut *attention, is_last) {
-            blocks.score_before_rope(rank, job.plan, layer, self)?;
+            blocks.score_before_rope(rank, plan, layer, self)?;
         }
         if rows > 0 {
             self.rope(rank)?;
@@ -95,8 +109,8 @@ impl<B: Backend> PrefillState<B> {
             return Ok(());
         }
         match attention {
-            Attention::Blocks(blocks) => blocks.attend(rank, job.plan, self)?,
-            Attention::Ring(ring) => ring.attend(rank, job.plan, self)?,
+            Attention::Blocks(blocks) => blocks.attend(rank, plan, self)?,
+            Attention::Ring(ring) => ring.attend(rank, plan, self)?,
         }
         if rows > 0 {
             self.activations.close(rank.backend, rank.spec, weights, rows)?;

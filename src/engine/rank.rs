@@ -7,8 +7,6 @@ use crate::comm::{Comm, CommError};
 use crate::model::ModelSpec;
 use crate::model::weights::{LayerWeights, Weights};
 
-use super::EngineError;
-
 /// What a rank computes with. `comm` is its end of the communicator between all ranks of the prefill.
 pub struct Rank<'a, B: Backend, C> {
     /// The rank's device.
@@ -26,11 +24,6 @@ impl<B: Backend, C: Comm<B::Matrix, B::Scores>> Rank<'_, B, C> {
     pub(super) fn shape(&self) -> HeadShape {
         self.spec.shape
     }
-
-    /// Whether this rank chooses the tokens and talks to the caller.
-    pub(super) fn is_root(&self) -> bool {
-        self.comm.rank() == ROOT
-    }
 }
 
 /// The rank that chooses the tokens and talks to the caller.
@@ -45,12 +38,6 @@ pub enum RankError {
     /// A collective failed, perhaps because another rank gave up.
     #[error(transparent)]
     Comm(#[from] CommError),
-    /// The caller cancelled; all ranks stop at the same place.
-    #[error("cancelled")]
-    Cancelled,
-    /// The root could not choose a token; the other ranks have been told to stop.
-    #[error(transparent)]
-    Driver(#[from] EngineError),
 }
 
 /// The activations of a run of rows, reused by every layer.

@@ -1,67 +1,147 @@
-//! The ranks of one inference as threads: started, named, joined; a failure of one ends all.
+//! The ranks of a group as threads: started, named, joined; a failure of one ends all.
 //!
 //! Invariant: no thread outlives the call; a rank that fails or panics aborts the communicator, so that no other waits for it.
 
-use std::thread::{Builder, scope};
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::thread::{Builder, ScopedJoinHandle, scope};
+use std::time::Duration;
 
 use crate::backend::{Backend, BackendError};
 use crate::comm::{Comm, CommError};
+use crate::plan::QUERY_CHUNK;
 
 use super::EngineError;
-use super::control::Driver;
-use super::infer::{Job, Timing, infer};
-use super::rank::{Rank, RankError};
+use super::command::{Command, Job};
+use super::conversation::{self, Driver, Outcome, Timing};
+use super::lead::{Leader, Submission};
+use super::member::Member;
+use super::rank::{ROOT, Rank, RankError};
+use super::schedule::{Limits, Needs, Schedule};
 
-/// Runs a job on all ranks, which are given in order. Blocks until every rank has ended.
+/// What a group is given beside its ranks.
+pub(super) struct Work<'a> {
+    /// What callers submit; the group ends when nobody can submit any more.
+    pub inbox: Receiver<Submission>,
+    /// How much at a time.
+    pub limits: Limits,
+    /// Bytes that all sequences may take together, given those that are taken.
+    pub budget: &'a (dyn Fn(u64) -> u64 + Sync),
+}
+
+/// Runs a group on all ranks, which are given in order. Blocks until every rank has ended.
+pub(super) fn serve<B, C>(ranks: Vec<Rank<'_, B, C>>, work: Work<'_>) -> Result<(), EngineError>
+where
+    B: Backend,
+    C: Comm<B::Matrix, B::Scores>,
+{
+    let (mut orders, mut followers) = (Vec::new(), Vec::new());
+    for _ in 1..ranks.len() {
+        let (sender, receiver) = channel();
+        followers.push(sender);
+        orders.push(Some(receiver));
+    }
+    let mut work = Some((work, followers));
+    let outcomes = scope(|scope| {
+        let mut threads = Vec::with_capacity(ranks.len());
+        for rank in ranks {
+            let index = rank.comm.rank();
+            let builder = Builder::new().name(format!("apbd-rank-{index}"));
+            // A rank that could not be started is dropped with its end of the communicator, which ends the others.
+            threads.push(match (index == ROOT).then(|| work.take()).flatten() {
+                Some((work, followers)) => builder.spawn_scoped(scope, move || lead(&rank, work, followers)),
+                None => {
+                    let orders = orders.get_mut(index.wrapping_sub(1)).and_then(Option::take);
+                    builder.spawn_scoped(scope, move || follow(&rank, orders))
+                }
+            });
+        }
+        // Without a root nobody commands: the followers' orders end.
+        drop(work.take());
+        threads.into_iter().map(join).collect::<Vec<_>>()
+    });
+    settle(outcomes)
+}
+
+/// Runs one job on ranks of its own, given in order. Blocks until every rank has ended.
 pub fn run<B, C>(ranks: Vec<Rank<'_, B, C>>, job: &Job<'_>, driver: &mut dyn Driver) -> Result<Timing, EngineError>
 where
     B: Backend,
     C: Comm<B::Matrix, B::Scores>,
 {
-    if (job.context.len(), job.query.len()) != (job.plan.context, job.plan.query) {
-        let (context, query) = (job.plan.context, job.plan.query);
-        let reason = format!(
-            "the plan is for {context} tokens of context and {query} of query, there are {} and {}",
-            job.context.len(),
-            job.query.len()
-        );
-        return Err(EngineError::Input { reason });
-    }
-    let mut driver = Some(driver);
-    let outcomes = scope(|scope| {
-        let mut threads = Vec::with_capacity(ranks.len());
-        for rank in ranks {
-            let driver = if rank.is_root() { driver.take() } else { None };
-            let builder = Builder::new().name(format!("apbd-rank-{}", rank.comm.rank()));
-            // A rank that could not be started is dropped with its end of the communicator, which ends the others.
-            threads.push(builder.spawn_scoped(scope, move || guarded(rank, job, driver)));
+    check(job)?;
+    let (sender, inbox) = channel();
+    let (caller, to_root) = conversation::open(driver, job.new_tokens);
+    let layers = ranks.first().map_or(1, |rank| rank.spec.layers);
+    let query_passes = job.query.len().div_ceil(QUERY_CHUNK);
+    let needs = Needs { layers, layer_flops: 0.0, query_passes, kept_bytes: 0, transient_bytes: 0 };
+    let _ = sender.send(Submission { job: job.into(), needs, caller });
+    drop(sender);
+    let limits = Limits { at_once: 1, stall: Duration::ZERO };
+    scope(|scope| {
+        let group = scope.spawn(|| serve(ranks, Work { inbox, limits, budget: &|_| u64::MAX }));
+        let outcome = to_root.converse(driver);
+        let served = group.join().unwrap_or_else(|_| Err(EngineError::Device { reason: "the group panicked".into() }));
+        match (outcome, served) {
+            (Outcome::Ended(result), Ok(())) => result,
+            (_, Err(error)) => Err(error),
+            (Outcome::Gone { .. }, Ok(())) => Err(EngineError::Device { reason: "the engine has no ranks".to_owned() }),
         }
-        threads.into_iter().map(join).collect::<Vec<_>>()
-    });
-    settle(outcomes, job)
+    })
 }
 
-/// How a rank ended.
-type Outcome = Result<Timing, Failure>;
-
-enum Failure {
-    Rank(RankError),
-    /// The thread could not start, or panicked.
-    Thread(String),
+/// Whether a job is the one its plan was made for.
+pub(super) fn check(job: &Job<'_>) -> Result<(), EngineError> {
+    let (context, query) = (job.plan.context, job.plan.query);
+    if (job.context.len(), job.query.len()) == (context, query) {
+        return Ok(());
+    }
+    let (came, asked) = (job.context.len(), job.query.len());
+    let reason =
+        format!("the plan is for {context} tokens of context and {query} of query, there are {came} and {asked}");
+    Err(EngineError::Input { reason })
 }
 
-fn guarded<B, C>(rank: Rank<'_, B, C>, job: &Job<'_>, driver: Option<&mut dyn Driver>) -> Result<Timing, RankError>
+/// Rows of a pass at most: a chunk of a query, or a token of each sequence.
+pub(super) fn pass_rows(limits: &Limits) -> usize {
+    QUERY_CHUNK.max(limits.at_once)
+}
+
+fn lead<B, C>(rank: &Rank<'_, B, C>, work: Work<'_>, followers: Vec<Sender<Arc<Command>>>) -> Result<(), RankError>
+where
+    B: Backend,
+    C: Comm<B::Matrix, B::Scores>,
+{
+    let Work { inbox, limits, budget } = work;
+    guarded(rank, || {
+        let member = Member::new(rank, pass_rows(&limits))?;
+        Leader::new(rank, member, followers, Schedule::new(limits), budget).lead(&inbox)
+    })
+}
+
+fn follow<B, C>(rank: &Rank<'_, B, C>, orders: Option<Receiver<Arc<Command>>>) -> Result<(), RankError>
+where
+    B: Backend,
+    C: Comm<B::Matrix, B::Scores>,
+{
+    guarded(rank, || {
+        let Some(orders) = orders else { return Ok(()) };
+        let mut member = Member::new(rank, QUERY_CHUNK)?;
+        orders.iter().try_for_each(|command| member.obey(&command))
+    })
+}
+
+/// Runs a rank's part; whatever ends it before its time ends the others.
+fn guarded<B, C>(rank: &Rank<'_, B, C>, part: impl FnOnce() -> Result<(), RankError>) -> Result<(), RankError>
 where
     B: Backend,
     C: Comm<B::Matrix, B::Scores>,
 {
     let mut guard = AbortOnPanic { abort: &|| rank.comm.abort("the rank panicked"), armed: true };
-    let outcome = infer(&rank, job, driver);
+    let outcome = part();
     guard.armed = false;
-    match &outcome {
-        // On these the ranks have agreed.
-        Ok(_) | Err(RankError::Cancelled | RankError::Driver(_)) => {}
-        Err(error) => rank.comm.abort(&error.to_string()),
+    if let Err(error) = &outcome {
+        rank.comm.abort(&error.to_string());
     }
     outcome
 }
@@ -79,9 +159,15 @@ impl Drop for AbortOnPanic<'_> {
     }
 }
 
-type Thread<'scope> = std::io::Result<std::thread::ScopedJoinHandle<'scope, Result<Timing, RankError>>>;
+enum Failure {
+    Rank(RankError),
+    /// The thread could not start, or panicked.
+    Thread(String),
+}
 
-fn join(thread: Thread<'_>) -> Outcome {
+type Thread<'scope> = std::io::Result<ScopedJoinHandle<'scope, Result<(), RankError>>>;
+
+fn join(thread: Thread<'_>) -> Result<(), Failure> {
     let thread = thread.map_err(|error| Failure::Thread(format!("a rank's thread could not start: {error}")))?;
     let name = thread.thread().name().unwrap_or_default().to_owned();
     match thread.join() {
@@ -94,34 +180,22 @@ fn join(thread: Thread<'_>) -> Outcome {
     }
 }
 
-/// The root's timing, or the error that came first: what other ranks say of it is only its echo.
-fn settle(outcomes: Vec<Outcome>, job: &Job<'_>) -> Result<Timing, EngineError> {
+/// The error that came first: what other ranks say of it is only its echo.
+fn settle(outcomes: Vec<Result<(), Failure>>) -> Result<(), EngineError> {
     let echo = |failure: &Failure| matches!(failure, Failure::Rank(RankError::Comm(CommError::Aborted { .. })));
-    let mut timing = None;
     let mut worst: Option<Failure> = None;
-    for outcome in outcomes {
-        match outcome {
-            Ok(done) => timing = timing.or(Some(done)),
-            Err(failure) if worst.as_ref().is_none_or(|known| echo(known) && !echo(&failure)) => worst = Some(failure),
-            Err(_) => {}
+    for failure in outcomes.into_iter().filter_map(Result::err) {
+        if worst.as_ref().is_none_or(|known| echo(known) && !echo(&failure)) {
+            worst = Some(failure);
         }
     }
-    match (worst, timing) {
-        (Some(Failure::Rank(error)), _) => Err(engine_error(error, job)),
-        (Some(Failure::Thread(reason)), _) => Err(EngineError::Device { reason }),
-        (None, Some(timing)) => Ok(timing),
-        (None, None) => Err(EngineError::Device { reason: "the engine has no ranks".to_owned() }),
-    }
-}
-
-fn engine_error(error: RankError, job: &Job<'_>) -> EngineError {
-    match error {
-        RankError::Cancelled => EngineError::Cancelled,
-        RankError::Driver(error) => error,
+    match worst {
+        None => Ok(()),
+        Some(Failure::Thread(reason)) => Err(EngineError::Device { reason }),
         // Admission let it pass, the device did not: all that is known is what was missing.
-        RankError::Backend(BackendError::OutOfMemory { bytes, .. }) => {
-            EngineError::Memory { tokens: job.context.len(), needed_bytes: bytes as u64, available_bytes: 0 }
+        Some(Failure::Rank(RankError::Backend(BackendError::OutOfMemory { bytes, .. }))) => {
+            Err(EngineError::Memory { tokens: 0, needed_bytes: bytes as u64, available_bytes: 0 })
         }
-        error => EngineError::Device { reason: error.to_string() },
+        Some(Failure::Rank(error)) => Err(EngineError::Device { reason: error.to_string() }),
     }
 }

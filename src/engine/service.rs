@@ -1,36 +1,42 @@
-//! An engine that is ready: admission, plan, ranks, generation.
+//! An engine that is ready: admission, plan, generation.
 //!
-//! Invariant: one inference at a time; what would not fit, or can not work, is refused before anything is computed.
+//! Invariant: what would not fit even alone, or can not work, is refused before anything is computed.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use crate::generate::constraint::ConstraintError;
 use crate::generate::generator::{GenerateError, Generator, Step};
 use crate::generate::sampler::Choice;
 use crate::generate::vocabulary::Vocabulary;
 use crate::model::ModelSpec;
-use crate::plan::{AttentionRequest, Capabilities, Footprint, PrefillPlan};
+use crate::plan::{AttentionRequest, Capabilities, PrefillPlan, QUERY_CHUNK};
 
-use super::control::Driver;
+use super::command::Job;
+use super::conversation::{Driver, Timing};
 use super::devices::{Devices, Memory};
-use super::infer::{Job, Timing};
-use super::rank::Rank;
+use super::group::{Door, Group, Model};
+use super::ranks;
+use super::schedule::{Limits, Needs};
 use super::{Engine, EngineError, EngineInfo, InferOutcome, InferRequest, Observer, Progress};
 
 /// Hosts at most in one plan: decode keeps a partial result for each.
 pub const MAX_HOSTS: usize = 256;
 
+/// Time that prefills may take between two tokens of what generates meanwhile.
+const STALL: Duration = Duration::from_millis(200);
+
 /// A model on devices. Without a vocabulary it can prefill and choose tokens, but has no text.
 pub struct ModelEngine<D: Devices> {
     name: String,
     digest: String,
-    spec: ModelSpec,
-    devices: D,
+    model: Arc<Model<D>>,
     vocabulary: Option<Box<dyn Vocabulary>>,
-    busy: Mutex<()>,
+    /// Started with the first inference.
+    group: Mutex<Option<Group>>,
 }
 
-impl<D: Devices> ModelEngine<D> {
+impl<D: Devices + 'static> ModelEngine<D> {
     /// `digest` tells models apart; `vocabulary` is needed by [`Engine::infer`] alone.
     pub fn new(
         name: String,
@@ -39,37 +45,45 @@ impl<D: Devices> ModelEngine<D> {
         devices: D,
         vocabulary: Option<Box<dyn Vocabulary>>,
     ) -> Self {
-        Self { name, digest, spec, devices, vocabulary, busy: Mutex::new(()) }
+        Self { name, digest, model: Arc::new(Model { spec, devices }), vocabulary, group: Mutex::new(None) }
     }
 
     /// The model's shapes.
     pub fn spec(&self) -> &ModelSpec {
-        &self.spec
+        &self.model.spec
     }
 
     /// Where it runs.
     pub fn devices(&self) -> &D {
-        &self.devices
+        &self.model.devices
     }
 
-    /// Runs a job with a driver of the caller's own.
+    /// Runs a job with a driver of the caller's own. May be called by several threads at once: one context prefills, the others generate.
     pub fn run(&self, job: &Job<'_>, driver: &mut dyn Driver) -> Result<Timing, EngineError> {
+        ranks::check(job)?;
         self.check_tokens(job.context)?;
         self.check_tokens(job.query)?;
-        // A caller that panicked has left nothing behind: every inference has its own state.
-        let _busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
-        self.admit(job.plan, job.new_tokens)?;
-        let members = self.devices.connect(job.plan.active_ranks(self.devices.ranks()))?;
-        let (backends, comms): (Vec<_>, Vec<_>) = members.into_iter().unzip();
-        let mut ranks = Vec::with_capacity(backends.len());
-        for (index, (backend, comm)) in backends.iter().zip(comms).enumerate() {
-            ranks.push(Rank { backend: &**backend, comm, weights: self.devices.weights(index), spec: &self.spec });
+        let needs = self.admit(job.plan, job.new_tokens)?;
+        self.door()?.run(job, needs, driver)
+    }
+
+    /// The way to a group that is alive.
+    fn door(&self) -> Result<Door, EngineError> {
+        let mut group = self.group.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(alive) = group.as_ref().filter(|group| group.is_alive()) {
+            return Ok(alive.door());
         }
-        super::ranks::run(ranks, job, driver)
+        // Its threads have ended, and are joined before the devices are used again.
+        *group = None;
+        Ok(group.insert(Group::start(&self.model, self.limits())?).door())
+    }
+
+    fn limits(&self) -> Limits {
+        Limits { at_once: self.devices().concurrency(), stall: STALL }
     }
 
     fn check_tokens(&self, tokens: &[u32]) -> Result<(), EngineError> {
-        let vocab = self.spec.vocab;
+        let vocab = self.spec().vocab;
         match tokens.iter().find(|token| **token as usize >= vocab) {
             Some(token) => {
                 let reason = format!("token {token} is not in the model's vocabulary of {vocab}");
@@ -79,9 +93,9 @@ impl<D: Devices> ModelEngine<D> {
         }
     }
 
-    /// Checks positions and memory.
-    fn admit(&self, plan: &PrefillPlan, new_tokens: usize) -> Result<(), EngineError> {
-        let (context, query, positions) = (plan.context, plan.query, self.spec.max_positions);
+    /// Checks positions, and that it fits alone; what it needs.
+    fn admit(&self, plan: &PrefillPlan, new_tokens: usize) -> Result<Needs, EngineError> {
+        let (context, query, positions) = (plan.context, plan.query, self.spec().max_positions);
         if context.saturating_add(query).saturating_add(new_tokens) > positions {
             let reason = format!(
                 "{context} tokens of context, {query} of query and {new_tokens} to generate are more than the \
@@ -89,49 +103,50 @@ impl<D: Devices> ModelEngine<D> {
             );
             return Err(EngineError::Input { reason });
         }
-        let (footprint, ranks) = (self.footprint(), plan.active_ranks(self.devices.ranks()));
-        let (needed_bytes, available_bytes) = match self.devices.memory() {
-            Memory::Shared(available) => (plan.memory(ranks, new_tokens, &footprint), available),
-            Memory::Each(available) => {
-                let of_rank = |rank| plan.memory_of_rank(rank, ranks, new_tokens, &footprint);
-                ((0..ranks).map(of_rank).max().unwrap_or(0), available)
-            }
-        };
+        let needs = self.needs(plan, new_tokens);
+        let own_bytes = needs.kept_bytes.saturating_add(needs.transient_bytes);
+        let needed_bytes = own_bytes.saturating_add(self.model.fixed_bytes(&self.limits()));
+        let used = self.group.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(0, Group::used_bytes);
+        let available_bytes = self.model.memory(used);
         if needed_bytes > available_bytes {
             return Err(EngineError::Memory { tokens: context, needed_bytes, available_bytes });
         }
-        Ok(())
+        Ok(needs)
     }
 
-    fn footprint(&self) -> Footprint {
-        let shape = self.spec.shape;
-        Footprint {
-            layers: self.spec.layers,
-            hidden: self.spec.hidden,
-            heads: shape.heads,
-            kv_heads: shape.kv_heads,
-            head_dim: shape.head_dim,
-            element_bytes: self.devices.element_bytes(),
-            kept_row_bytes: self.devices.kept_row_bytes(shape),
-            scratch_bytes: self.devices.scratch_bytes(&self.spec),
+    /// What a sequence takes: on the rank that takes most, or on all together where they share one memory.
+    fn needs(&self, plan: &PrefillPlan, new_tokens: usize) -> Needs {
+        let (footprint, ranks) = (self.model.footprint(), self.devices().ranks());
+        let kept = (0..ranks).map(|rank| plan.cache_memory(rank, ranks, new_tokens, &footprint));
+        let transient = (0..ranks).map(|rank| plan.prefill_memory(rank, ranks, &footprint));
+        let (kept_bytes, transient_bytes) = match self.devices().memory() {
+            Memory::Shared(_) => (kept.sum(), transient.sum()),
+            Memory::Each(_) => (kept.max().unwrap_or(0), transient.max().unwrap_or(0)),
+        };
+        Needs {
+            layers: self.spec().layers,
+            layer_flops: plan.layer_flops(ranks, &footprint),
+            query_passes: plan.query.div_ceil(QUERY_CHUNK),
+            kept_bytes,
+            transient_bytes,
         }
     }
 
     /// Whether the weights hold retaining heads.
     pub fn has_retaining_heads(&self) -> bool {
-        self.devices.weights(0).retaining_heads.is_some()
+        self.devices().weights(0).retaining_heads.is_some()
     }
 }
 
-impl<D: Devices> Engine for ModelEngine<D> {
+impl<D: Devices + 'static> Engine for ModelEngine<D> {
     fn info(&self) -> EngineInfo {
         EngineInfo {
             model: self.name.clone(),
             model_digest: self.digest.clone(),
-            max_tokens: self.spec.max_positions,
+            max_tokens: self.spec().max_positions,
             has_retaining_heads: self.has_retaining_heads(),
-            concurrency: 1,
-            device: self.devices.name(),
+            concurrency: self.devices().concurrency(),
+            device: self.devices().name(),
         }
     }
 
@@ -157,11 +172,11 @@ impl<D: Devices> Engine for ModelEngine<D> {
         options.check().map_err(|reason| EngineError::Input { reason })?;
         let plan = self.plan(request.context.len(), request.query.len(), request.query_at, &request.attention)?;
         let constraint = match &options.schema {
-            Some(schema) => Some(vocabulary.constraint(schema, self.spec.vocab).map_err(generation_error)?),
+            Some(schema) => Some(vocabulary.constraint(schema, self.spec().vocab).map_err(generation_error)?),
             None => None,
         };
         let text = |tokens: &[u32]| vocabulary.text(tokens);
-        let generator = Generator::new(options, &self.spec.stop_tokens, constraint, &text);
+        let generator = Generator::new(options, &self.spec().stop_tokens, constraint, &text);
         let mut driver = Inference { generator, observer };
         let new_tokens = options.max_new_tokens;
         let job = Job { context: &request.context, query: &request.query, plan: &plan, new_tokens };

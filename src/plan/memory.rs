@@ -14,6 +14,8 @@ pub struct Footprint {
     pub layers: usize,
     /// Width of the hidden state.
     pub hidden: usize,
+    /// Width of the MLP.
+    pub intermediate: usize,
     /// Query heads.
     pub heads: usize,
     /// Key/value heads.
@@ -42,6 +44,14 @@ impl Footprint {
     fn activations(&self, elements: usize) -> u64 {
         elements as u64 * self.element_bytes as u64
     }
+    /// Bytes that a rank holds whatever it works on: buffers of passes of `rows` query or generated tokens, and what its backend uses for itself.
+    pub fn fixed_memory(&self, ranks: usize, rows: usize) -> u64 {
+        let stacked = if ranks > 1 { rows * ranks } else { 0 };
+        let working = rows * (self.row_elements() + 2 * self.kv_width() + self.hidden);
+        self.activations(working + stacked * (self.qkv_width() + self.q_width()))
+            + scores(stacked * self.heads)
+            + self.scratch_bytes
+    }
     /// Hidden state, its norm, packed q/k/v and the attention's output.
     fn row_elements(&self) -> usize {
         2 * self.hidden + self.qkv_width() + self.q_width()
@@ -54,11 +64,10 @@ fn scores(count: usize) -> u64 {
 }
 
 impl PrefillPlan {
-    /// Bytes that one of `ranks` ranks needs at most for this plan and `new_tokens` generated tokens.
+    /// Bytes that one of `ranks` ranks needs at most for this plan and `new_tokens` generated tokens, with no other sequence beside it.
     pub fn memory_of_rank(&self, rank: usize, ranks: usize, new_tokens: usize, model: &Footprint) -> u64 {
-        let prefill = self.prefill_memory(rank, ranks, model);
-        let decode = self.decode_memory(model);
-        self.cache_memory(rank, ranks, new_tokens, model) + prefill.max(decode) + model.scratch_bytes
+        let own = self.cache_memory(rank, ranks, new_tokens, model) + self.prefill_memory(rank, ranks, model);
+        own + model.fixed_memory(ranks, QUERY_CHUNK)
     }
 
     /// Bytes that all ranks need together, where they share one memory.
@@ -71,14 +80,16 @@ impl PrefillPlan {
         self.query + new_tokens
     }
 
-    fn cache_memory(&self, rank: usize, ranks: usize, new_tokens: usize, model: &Footprint) -> u64 {
+    /// Bytes of keys and values that a rank keeps until the sequence ends.
+    pub fn cache_memory(&self, rank: usize, ranks: usize, new_tokens: usize, model: &Footprint) -> u64 {
         let hosts = self.hosts_of(rank, ranks);
         let tail = if hosts.contains(&(self.hosts.len() - 1)) { self.cache_tail(new_tokens) } else { 0 };
         let local: usize = self.hosts[hosts].iter().map(|host| host.local.len()).sum();
         (model.layers * model.kept_row_bytes * (local + tail).max(1)) as u64
     }
 
-    fn prefill_memory(&self, rank: usize, ranks: usize, model: &Footprint) -> u64 {
+    /// Bytes that a rank needs until the context is through all layers, and no longer.
+    pub fn prefill_memory(&self, rank: usize, ranks: usize, model: &Footprint) -> u64 {
         let rows = self.layout(rank, ranks).rows.max(1);
         let kv = 2 * model.kv_width();
         let working = rows * (model.row_elements() + kv);
@@ -91,15 +102,6 @@ impl PrefillPlan {
         let partial = if is_apart { rows * model.q_width() } else { 0 };
         let log_sums = if is_apart { 2 * scores(rows * model.heads) } else { 0 };
         model.activations(working + passing + rotating + partial) + log_sums + selection
-    }
-
-    /// Partial results of every host for a chunk of the query, and what a row needs besides.
-    fn decode_memory(&self, model: &Footprint) -> u64 {
-        let rows = self.query.min(QUERY_CHUNK);
-        let stacked = rows * self.hosts.len();
-        let working = rows * (model.row_elements() + 2 * model.kv_width());
-        model.activations(working + stacked * (model.qkv_width() + model.q_width()))
-            + scores((stacked + rows) * model.heads)
     }
 
     /// Context tokens of the rank that has most.

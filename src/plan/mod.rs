@@ -10,6 +10,7 @@ mod settings;
 mod split;
 #[cfg(test)]
 mod tests;
+mod work;
 
 use std::ops::Range;
 
