@@ -242,7 +242,7 @@ fn check_store(
     })
 }
 
-fn check_engine(raw: raw::Engine, pool: Vec<raw::Group>, faults: &mut Vec<String>) -> EngineConfig {
+fn check_engine(raw: raw::Engine, pool: Vec<(usize, raw::Group)>, faults: &mut Vec<String>) -> EngineConfig {
     groups::check_model("[engine]", raw.model.as_deref(), faults);
     let groups = match pool.is_empty() {
         true => groups::only_one(&raw, faults),

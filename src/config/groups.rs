@@ -45,17 +45,22 @@ pub(super) fn only_one(engine: &raw::Engine, faults: &mut Vec<String>) -> Vec<Gr
 }
 
 /// All of `[[pool.group]]`.
-pub(super) fn check(engine: &raw::Engine, groups: Vec<raw::Group>, faults: &mut Vec<String>) -> Vec<GroupConfig> {
-    let said =
-        [("ranks", engine.ranks.is_some()), ("threads", engine.threads.is_some()), ("backend", engine.backend.is_some())];
+pub(super) fn check(
+    engine: &raw::Engine,
+    groups: Vec<(usize, raw::Group)>,
+    faults: &mut Vec<String>,
+) -> Vec<GroupConfig> {
+    let said = [
+        ("ranks", engine.ranks.is_some()),
+        ("threads", engine.threads.is_some()),
+        ("backend", engine.backend.is_some()),
+    ];
     for (key, _) in said.iter().filter(|(_, is_said)| *is_said) {
-        faults.push(format!("[engine] {key}: with [[pool.group]] each group says it for itself, by gpus or cpu_threads"));
+        faults
+            .push(format!("[engine] {key}: with [[pool.group]] each group says it for itself, by gpus or cpu_threads"));
     }
-    let groups: Vec<GroupConfig> = groups
-        .into_iter()
-        .enumerate()
-        .filter_map(|(index, group)| check_one(index + 1, group, engine, faults))
-        .collect();
+    let groups = groups.into_iter().filter_map(|(number, group)| check_one(number, group, engine, faults));
+    let groups: Vec<GroupConfig> = groups.collect();
     let (mut names, mut gpus) = (BTreeSet::new(), BTreeSet::new());
     for group in &groups {
         refuse(faults, !names.insert(&group.name), &format!("[[pool.group]]: two have the name {}", group.name));
@@ -66,12 +71,7 @@ pub(super) fn check(engine: &raw::Engine, groups: Vec<raw::Group>, faults: &mut 
     groups
 }
 
-fn check_one(
-    number: usize,
-    group: raw::Group,
-    engine: &raw::Engine,
-    faults: &mut Vec<String>,
-) -> Option<GroupConfig> {
+fn check_one(number: usize, group: raw::Group, engine: &raw::Engine, faults: &mut Vec<String>) -> Option<GroupConfig> {
     let name = group.name.unwrap_or_else(|| number.to_string());
     let at = format!("[[pool.group]] {name}");
     refuse(faults, name.is_empty() || name.len() > 32, &format!("{at}: a name has 1 to 32 characters"));

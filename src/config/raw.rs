@@ -100,7 +100,8 @@ pub struct Raw {
     pub files: Files,
     pub results: Results,
     pub engine: Engine,
-    pub groups: Vec<Group>,
+    /// With their places in the list.
+    pub groups: Vec<(usize, Group)>,
     pub work: Work,
     pub http: Http,
     pub stores: Vec<Store>,
@@ -124,8 +125,8 @@ impl Raw {
             groups: take_groups(&mut table, faults),
             work: take(&mut table, "work", faults).unwrap_or_default(),
             http: take(&mut table, "http", faults).unwrap_or_default(),
-            stores: take_list(&mut table, "store", "store", faults),
-            drops: take_list(&mut table, "drop", "drop", faults),
+            stores: take_list(&mut table, "store", faults),
+            drops: take_list(&mut table, "drop", faults),
         };
         faults.extend(table.keys().map(|key| format!("[{key}]: unknown section")));
         raw
@@ -138,19 +139,28 @@ fn take<T: DeserializeOwned>(table: &mut Table, name: &str, faults: &mut Vec<Str
 }
 
 /// `[[pool.group]]`, which is all that `[pool]` has.
-fn take_groups(table: &mut Table, faults: &mut Vec<String>) -> Vec<Group> {
+fn take_groups(table: &mut Table, faults: &mut Vec<String>) -> Vec<(usize, Group)> {
     let Some(pool) = table.remove("pool") else { return Vec::new() };
     let Value::Table(mut pool) = pool else {
         faults.push("[pool]: write [[pool.group]], there may be several".to_owned());
         return Vec::new();
     };
-    let groups = take_list(&mut pool, "group", "pool.group", faults);
+    let groups = take_numbered(&mut pool, "group", "pool.group", faults);
     faults.extend(pool.keys().map(|key| format!("[pool] {key}: unknown; a pool has [[pool.group]] alone")));
     groups
 }
 
-/// The list under `key`; `name` is what it is called in words.
-fn take_list<T: DeserializeOwned>(table: &mut Table, key: &str, name: &str, faults: &mut Vec<String>) -> Vec<T> {
+fn take_list<T: DeserializeOwned>(table: &mut Table, name: &str, faults: &mut Vec<String>) -> Vec<T> {
+    take_numbered(table, name, name, faults).into_iter().map(|(_, item)| item).collect()
+}
+
+/// The list under `key`, which is called `name` in words; every item with its place, from 1.
+fn take_numbered<T: DeserializeOwned>(
+    table: &mut Table,
+    key: &str,
+    name: &str,
+    faults: &mut Vec<String>,
+) -> Vec<(usize, T)> {
     let Some(value) = table.remove(key) else { return Vec::new() };
     let Value::Array(items) = value else {
         faults.push(format!("[{name}]: write [[{name}]], there may be several"));
@@ -159,7 +169,7 @@ fn take_list<T: DeserializeOwned>(table: &mut Table, key: &str, name: &str, faul
     let mut list = Vec::with_capacity(items.len());
     for (index, item) in items.into_iter().enumerate() {
         match item.try_into() {
-            Ok(item) => list.push(item),
+            Ok(item) => list.push((index + 1, item)),
             Err(error) => faults.push(format!("[[{name}]] {}: {}", index + 1, error.message())),
         }
     }

@@ -166,7 +166,7 @@ impl Router {
     }
 
     /// The next document that can go somewhere, and where; it has gone there then. Ask until there is none.
-    pub fn next(&mut self) -> Option<(Ticket, usize)> {
+    pub fn place_next(&mut self) -> Option<(Ticket, usize)> {
         let mut kept = vec![false; self.groups.len()];
         let loads: Vec<Load> = (0..self.groups.len()).map(|group| self.load(group)).collect();
         let tickets: Vec<Ticket> = self.waiting.keys().copied().collect();

@@ -71,7 +71,9 @@ impl Pool {
         let start = |(group, health): (PoolGroup, Component)| {
             let (name, culprits) = (group.options.group.clone(), Arc::clone(&culprits));
             let engine = SupervisedEngine::start(group.options, health, culprits);
-            engine.map(|engine| Member { name: name.clone(), engine }).map_err(|reason| format!("group {name}: {reason}"))
+            engine
+                .map(|engine| Member { name: name.clone(), engine })
+                .map_err(|reason| format!("group {name}: {reason}"))
         };
         let started: Vec<Result<Member, String>> = thread::scope(|scope| {
             let starts: Vec<_> = groups.into_iter().map(|group| scope.spawn(|| start(group))).collect();
@@ -105,7 +107,7 @@ impl Pool {
             state.router.set_open(index, member.engine.room() > 0);
         }
         let mut is_any = false;
-        while state.router.next().is_some() {
+        while state.router.place_next().is_some() {
             is_any = true;
         }
         if is_any {

@@ -35,7 +35,7 @@ pub static EVENTS: Series = Series::counter("apbd_events_total", "Completion eve
 /// Results written as files.
 pub static RESULTS_WRITTEN: Series = Series::counter("apbd_results_written_total", "Results written as files", &[]);
 /// Engine processes that ended, and why.
-pub static ENGINE_ENDS: Series = 
+pub static ENGINE_ENDS: Series =
     Series::counter("apbd_engine_ends_total", "Engine processes that ended", &["group", "reason"]);
 /// Documents in the engine of a group of the pool.
 pub static GROUP_DOCUMENTS: Series =

@@ -12,6 +12,7 @@ mod intake;
 mod life;
 mod objects;
 mod outputs;
+mod pool;
 mod reading;
 mod shared_database;
 mod supervision;

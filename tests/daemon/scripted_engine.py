@@ -4,7 +4,9 @@ seed 0: an answer at once · 1: the process dies, a tenth of a second later if o
 SCRIPT_FILE is not there yet, and makes it · 6: a model that gives nothing usable · 7: this request alone stands still, and ends when it is
 cancelled · 8: as 7, and does not listen.
 
-Usage: scripted_engine.py [CONCURRENCY]
+A request needs a byte of memory for every token of its context; an engine that is brought more than it has ends.
+
+Usage: scripted_engine.py [CONCURRENCY [MEMORY_BYTES]]
 """
 
 import json
@@ -16,10 +18,12 @@ import threading
 import time
 
 CONCURRENCY = int(sys.argv[1]) if len(sys.argv) > 1 else 1
+MEMORY = int(sys.argv[2]) if len(sys.argv) > 2 else None
 
 sock = socket.socket(fileno=0)
 saying = threading.Lock()
 cancelled = {}
+needed = {}
 silent = threading.Event()
 
 
@@ -49,6 +53,7 @@ def plan(context, query):
 def infer(id, request):
     options = request["generation"]
     seed, tokens = options["seed"], options["max_new_tokens"]
+    say({"answer": "progress", "id": id, "progress": {"stage": "prefill", "layers_done": 0, "layers": 1}})
     if seed == 1:
         time.sleep(0.1 if len(cancelled) > 1 else 0)
         os._exit(1)
@@ -81,7 +86,7 @@ def infer(id, request):
 
 def work(id, request):
     result = infer(id, request)
-    del cancelled[id]
+    del cancelled[id], needed[id]
     say({"answer": "done", "id": id, "result": result})
 
 
@@ -96,9 +101,12 @@ def main():
             if id in cancelled:
                 cancelled[id].set()
         elif ask["ask"] == "plan":
-            say({"answer": "planned", "id": id, "result": {"Ok": plan(ask["context"], ask["query"])}})
+            demand = MEMORY and {"needed_bytes": ask["context"], "available_bytes": MEMORY}
+            say({"answer": "planned", "id": id, "result": {"Ok": plan(ask["context"], ask["query"])}, "demand": demand})
         elif ask["ask"] == "infer":
-            cancelled[id] = threading.Event()
+            cancelled[id], needed[id] = threading.Event(), len(ask["request"]["context"])
+            if MEMORY and sum(needed.values()) > MEMORY or len(needed) > CONCURRENCY:
+                os._exit(3)
             threading.Thread(target=work, args=(id, ask["request"]), daemon=True).start()
 
 

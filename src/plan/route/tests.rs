@@ -25,7 +25,7 @@ fn arrive(router: &mut Router, ticket: Ticket, seconds: f64, bytes: u64) {
 }
 
 fn all(router: &mut Router) -> Vec<(Ticket, usize)> {
-    std::iter::from_fn(|| router.next()).collect()
+    std::iter::from_fn(|| router.place_next()).collect()
 }
 
 #[test]
@@ -179,18 +179,21 @@ fn simulate(shapes: &[GroupShape], documents: &[Document]) -> Result<(), String>
             }
         };
         now = next.ok_or("documents wait for ever")?;
-        for group in 0..shapes.len() {
-            if let Some((ticket, end)) = work[group].prefills
+        for work in &mut work {
+            if let Some((ticket, end)) = work.prefills
                 && end <= now
             {
                 router.prefilled(ticket, 1.0);
-                work[group].prefills = None;
-                work[group].generates.push((ticket, now + documents[ticket as usize].generates_s));
+                work.prefills = None;
+                work.generates.push((ticket, now + documents[ticket as usize].generates_s));
             }
-            let ended: Vec<Ticket> = work[group].generates.iter().filter(|(_, end)| *end <= now).map(|(ticket, _)| *ticket).collect();
-            left -= ended.len();
-            ended.iter().for_each(|ticket| router.leave(*ticket));
-            work[group].generates.retain(|(_, end)| *end > now);
+            work.generates.retain(|(ticket, end)| {
+                if *end <= now {
+                    left -= 1;
+                    router.leave(*ticket);
+                }
+                *end > now
+            });
         }
     }
     Err(format!("{left} documents have not ended"))
@@ -213,7 +216,8 @@ fn check(router: &Router, shapes: &[GroupShape]) -> Result<(), String> {
 
 fn documents() -> impl Strategy<Value = Vec<Document>> {
     let document = (0.0..200.0f64, 0.01..50.0f64, 0.0..5.0f64, 1u64..1000);
-    let document = document.prop_map(|(comes_s, seconds, generates_s, bytes)| Document { comes_s, seconds, generates_s, bytes });
+    let document =
+        document.prop_map(|(comes_s, seconds, generates_s, bytes)| Document { comes_s, seconds, generates_s, bytes });
     proptest::collection::vec(document, 1..60).prop_map(|mut documents| {
         documents.sort_by(|one, other| one.comes_s.total_cmp(&other.comes_s));
         documents
