@@ -1,9 +1,10 @@
-// A token from a row of logits [count] f32, which may be the likeliest or one drawn from the nucleus.
+// A token from each row of logits [rows, count] f32, as the row's choice says.
 //
-//   argmax      the highest, of equals the lowest index
-//   draw_token  weights 2^(sharpness * (logit - highest)); the nucleus are the highest logits, as few as hold `top_p` of all weights, and all that equal the
-//               last of them; in the order of the indices, the first at which the sum of the weights exceeds `draw` times that of the nucleus
-// chosen[0] the index, chosen[1] the lowest index of a logit that is not finite, or all ones. One block of 1024 threads; sums have a fixed order.
+//   sharpness 0  the highest, of equals the lowest index
+//   otherwise    weights 2^(sharpness * (logit - highest)); the nucleus are the highest logits, as few as hold `top_p` of all weights, and all that equal the
+//                last of them; in the order of the indices, the first at which the sum of the weights exceeds `draw` times that of the nucleus
+// chosen [rows, 2]: the index, and the lowest index of a logit that is not finite, or all ones. One block of 1024 threads a row; sums have a fixed order.
+#include <choose.h>
 #include <device.cuh>
 
 static constexpr int THREADS = 1024;
@@ -34,6 +35,7 @@ struct Highest {
 // The highest of the logits and the first that is not finite, known to all threads.
 DEVICE Highest find_highest(const float* logits, int count, uint32_t* scratch) {
     uint32_t least = NONE, at = NONE, bad = NONE;  // the complement of the highest, so that everything is a minimum
+#pragma unroll 8
     for (int i = threadIdx.x; i < count; i += THREADS) {
         const float value = logits[i];
         if ((float_to_bits(value) & 0x7f800000u) == 0x7f800000u) {
@@ -47,17 +49,6 @@ DEVICE Highest find_highest(const float* logits, int count, uint32_t* scratch) {
     const uint32_t index = block_min(least == highest ? at : NONE, scratch);
     const uint32_t first_bad = block_min(bad, scratch);
     return {index == NONE ? 0.f : logits[index], index, first_bad};
-}
-
-extern "C" __global__ void __launch_bounds__(THREADS) argmax(const float* logits, int count, uint32_t* chosen) {
-    __shared__ uint32_t scratch[32];
-    let_the_next_grid_start();
-    wait_for_earlier_grids();
-    const Highest highest = find_highest(logits, count, scratch);
-    if (threadIdx.x == 0) {
-        chosen[0] = highest.index;
-        chosen[1] = highest.first_bad;
-    }
 }
 
 struct Weights {
@@ -86,16 +77,22 @@ DEVICE uint32_t least_of_nucleus(const Weights& weights, int count, float enough
     return least;
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS) draw_token(
-    const float* logits, int count, float sharpness, float top_p, float draw, uint32_t* chosen) {
+extern "C" __global__ void __launch_bounds__(THREADS) choose_tokens(
+    const float* all_logits, int count, const __grid_constant__ Choices choices, uint32_t* all_chosen) {
     __shared__ uint32_t words[32];
     __shared__ float floats[32], sums[THREADS];
     __shared__ int owner;
     let_the_next_grid_start();
     wait_for_earlier_grids();
+    const float* logits = all_logits + size_t(blockIdx.x) * count;
+    uint32_t* chosen = all_chosen + blockIdx.x * 2;
+    const float sharpness = choices.sharpness[blockIdx.x], top_p = choices.top_p[blockIdx.x], draw = choices.draw[blockIdx.x];
     const Highest highest = find_highest(logits, count, words);
-    if (threadIdx.x == 0) chosen[1] = highest.first_bad;
-    if (highest.first_bad != NONE) return;
+    if (threadIdx.x == 0) {
+        chosen[0] = highest.index;
+        chosen[1] = highest.first_bad;
+    }
+    if (highest.first_bad != NONE || sharpness == 0.f) return;
     const Weights weights = {logits, highest.value, sharpness};
     uint32_t least = 0;
     if (top_p < 1.f) {

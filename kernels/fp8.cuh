@@ -1,13 +1,12 @@
 // FP8 (e4m3) as codes of a byte: sign, four bits of exponent (bias 7), three of mantissa; at most 448, no infinity.
 //
-// A code moved to the place of a bf16's sign, exponent and mantissa is the value times 2^-120, denormals included, so that two are decoded by moving bits
-// and one product. Invariant: a factor is the scale times 2^120, and a bf16 (its lower half is 0).
+// Kept keys and values are codes with a scale for every row and head: element = code * scale. All of a head lies together: codes [heads, capacity, head_dim],
+// scales [heads, capacity]. Invariant: a scale is a bf16 (its lower half is 0), never 0; NaN if an element of the row is not finite.
 #pragma once
 
 #include <device.cuh>
 
 static constexpr float FP8_LARGEST = 448.f;
-static constexpr float FP8_FACTOR = 0x1p120f;
 
 // Nearest code, ties to even; what is larger becomes the largest.
 DEVICE uint32_t to_fp8(float value) {
@@ -20,11 +19,10 @@ DEVICE uint32_t to_fp8(float value) {
     return sign | ((rounded >> 20) - (120u << 3));
 }
 
-// The least factor for elements of up to this size: scale = size / 448, rounded up; at most 2^127, where elements of more than 57,344 are clipped.
-DEVICE float fp8_factor(float largest) {
-    if (largest == 0.f) return FP8_FACTOR;
-    const uint32_t up = (float_to_bits(largest / FP8_LARGEST) + 0xffffu) & 0xffff0000u;
-    return fminf(bits_to_float(up), 128.f) * FP8_FACTOR;
+// The least scale for elements of up to this size: size / 448, rounded up.
+DEVICE float fp8_scale(float largest) {
+    if (largest == 0.f) return 1.f;
+    return bits_to_float((float_to_bits(largest / FP8_LARGEST) + 0xffffu) & 0xffff0000u);
 }
 
 // Four codes, the first in the lowest byte.
@@ -32,15 +30,35 @@ struct alignas(16) Codes16 {
     uint32_t four[4];
 };
 
-// Eight of 16 codes, as bf16: the first or the second half.
-DEVICE Vec8 decode8(const Codes16& codes, int half, float factor) {
-    const uint32_t factors = pack_bf16(factor, factor);
-    Vec8 vec;
+// Where a row's head goes.
+struct KeptHead {
+    uint8_t* codes;
+    float* scale;
+
+    DEVICE KeptHead(uint8_t* codes, float* scales, int head, int capacity, int row, int head_dim)
+        : codes(codes + (size_t(head) * capacity + row) * head_dim), scale(scales + size_t(head) * capacity + row) {}
+};
+
+// Keeps `head_dim` elements, by one warp; head_dim a multiple of 16, at most 128.
+DEVICE void keep_head(const bf16* from, const KeptHead& to, int head_dim) {
+    const int at = threadIdx.x % 32 * 4;
+    float value[4] = {}, largest = 0.f;
+    if (at < head_dim) {
+        const uint32_t* pairs = reinterpret_cast<const uint32_t*>(from + at);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-        const uint32_t four = codes.four[2 * half + i / 2];
-        const uint32_t apart = i % 2 == 0 ? spread_bytes<0x1404>(four) : spread_bytes<0x3424>(four);  // a code in the upper byte of each half
-        vec.pair[i] = multiply_bf16x2((apart & 0x80008000u) | (apart & 0x7f007f00u) >> 4, factors);
+        for (int i = 0; i < 2; ++i) value[2 * i] = low(pairs[i]), value[2 * i + 1] = high(pairs[i]);
     }
-    return vec;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) largest = fmaxf(largest, fabsf(value[i]));
+    for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, shuffle_xor(largest, step));
+    // What is not finite must not be hidden by its code: the scale carries it on.
+    const bool broken = warp_any(!(value[0] * 0.f + value[1] * 0.f + value[2] * 0.f + value[3] * 0.f == 0.f));
+    const float scale = fp8_scale(largest);
+    if (at < head_dim) {
+        uint32_t codes = 0;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) codes |= to_fp8(value[i] / scale) << (8 * i);
+        *reinterpret_cast<uint32_t*>(to.codes + at) = codes;
+    }
+    if (at == 0) *to.scale = broken ? NAN : scale;
 }

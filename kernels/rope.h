@@ -3,8 +3,11 @@
 
 #include <cstdint>
 
+struct bf16;
+
 static constexpr int MAX_RUNS = 64;
 static constexpr int MAX_PAIRS = 128;
+static constexpr int MAX_PLACES = 64;
 
 // Rows whose positions ascend by one: run j starts at row[j] with position[j].
 struct PositionRuns {
@@ -17,4 +20,22 @@ struct PositionRuns {
 struct Frequencies {
     float scale;
     float radians[MAX_PAIRS];
+};
+
+// Each row's position, and the rows of keys and values it becomes.
+struct Places {
+    bf16* k[MAX_PLACES];
+    bf16* v[MAX_PLACES];
+    uint32_t position[MAX_PLACES];
+};
+
+// The same in FP8, see fp8.cuh: row `row` of matrices with `capacity` rows.
+struct Fp8Places {
+    uint8_t* k[MAX_PLACES];
+    uint8_t* v[MAX_PLACES];
+    float* k_scales[MAX_PLACES];
+    float* v_scales[MAX_PLACES];
+    int32_t row[MAX_PLACES];
+    int32_t capacity[MAX_PLACES];
+    uint32_t position[MAX_PLACES];
 };

@@ -7,6 +7,8 @@ use apbd::telemetry;
 use clap::Parser;
 
 fn main() -> ExitCode {
+    #[cfg(feature = "cuda")]
+    apbd::comm::nccl::leave_multicast_off();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(refusal) => return cli::explain(&refusal),

@@ -1,36 +1,80 @@
-// Decode attention: the few packed rows of one or several queries over a long cache in bf16 or FP8, bound by the bandwidth of keys and values.
+// Decode attention: the few packed rows of one or several queries over a long cache in bf16, bound by the bandwidth of keys and values.
 //
 // The same formula and work list as mma.cu with a row tile of 16 packed rows. Each warp of a block walks every WARPS-th key tile on its own, with its
 // own softmax and its own ring of shared memory, so that no warp waits for another; the warps' results are merged at the end through shared memory.
-#include <attention/kv_ring.cuh>
-#include <attention/output.cuh>
+#include <attention/cursor.cuh>
 #include <attention/softmax.cuh>
+#include <attention/sources.h>
+#include <attention/tile.cuh>
+#include <attention/warps.cuh>
 
 static constexpr int ROWS = 16;
 static constexpr int WARPS = 4;
-static constexpr int KEYS = 32;
+static constexpr int KEYS = 16;
+static constexpr int STAGES = 3;
 
-template <int HD, class Ring>
+// A warp's own ring of key and value tiles in shared memory.
+template <int HD>
+struct Ring {
+    static constexpr int TILE = KEYS * HD;  // elements
+    static constexpr int BYTES = STAGES * 2 * TILE * 2;
+
+    bf16* tiles;
+
+    DEVICE explicit Ring(uint8_t* at) : tiles(reinterpret_cast<bf16*>(at)) {}
+
+    DEVICE void load(int stage, const Sources& sources, const Shape& shape, int kv_head, const Cursor<KEYS>& at) {
+        const int source = at.segment->source, valid = at.segment->rows - at.first_key(), lane = threadIdx.x % 32;
+        const size_t offset = size_t(at.segment->first_row + at.first_key()) * shape.kv_stride + kv_head * HD;
+        Tile<HD>::load(keys(stage), sources.k[source] + offset, shape.kv_stride, KEYS, valid, lane, 32);
+        Tile<HD>::load(values(stage), sources.v[source] + offset, shape.kv_stride, KEYS, valid, lane, 32);
+    }
+    // Of a tile's lines; those of a row are 128 bytes apart.
+    DEVICE static void prefetch(const Sources& sources, const Shape& shape, int kv_head, const Cursor<KEYS>& at) {
+        constexpr int LINES = HD > 64 ? HD / 64 : 1;
+        const int source = at.segment->source, valid = at.segment->rows - at.first_key();
+        const size_t offset = size_t(at.segment->first_row + at.first_key()) * shape.kv_stride + kv_head * HD;
+        for (int i = threadIdx.x % 32; i < min(KEYS, valid) * LINES; i += 32) {
+            const size_t line = offset + size_t(i / LINES) * shape.kv_stride + i % LINES * 64;
+            prefetch_line(sources.k[source] + line);
+            prefetch_line(sources.v[source] + line);
+        }
+    }
+    DEVICE bf16* keys(int stage) { return tiles + stage * 2 * TILE; }
+    DEVICE bf16* values(int stage) { return keys(stage) + TILE; }
+};
+
+template <int HD>
 struct DecodeAttention {
-    static constexpr int STAGES = Ring::STAGES;
+    using Left = Exchange<HD, 0, HD>;
 
     const Shape& shape;
-    const typename Ring::From& sources;
-    const Task task;
+    const Sources& sources;
     const Work work;
+    const Task task;
     const int kv_head, warp, lane;
     bf16* q;
-    Ring ring;
+    Ring<HD> ring;
     Softmax softmax;
     float out[1][HD / 2] = {};
 
-    DEVICE DecodeAttention(const Shape& shape, const typename Ring::From& sources, const Plan& plan)
-        : shape(shape), sources(sources), task(plan.tasks[plan.works[blockIdx.x].task]), work(plan.works[blockIdx.x]),
+    DEVICE DecodeAttention(const Shape& shape, const Sources& sources, const Plan& plan)
+        : shape(shape), sources(sources), work(plan.works[blockIdx.x]), task(plan.tasks[work.task]),
           kv_head(blockIdx.y), warp(threadIdx.x / 32), lane(threadIdx.x % 32), q(reinterpret_cast<bf16*>(dynamic_shared())),
-          ring(dynamic_shared() + ROWS * HD * 2 + warp * Ring::BYTES) {}
+          ring(dynamic_shared() + ROWS * HD * 2 + warp * Ring<HD>::BYTES) {}
 
     DEVICE int packed_rows() const { return task.queries * shape.group; }
     DEVICE int query_of(int row) const { return min((work.first_row + row) / shape.group, task.queries - 1); }
+
+    // Of the warp's first tiles, while the kernels before are still at work. What they write is seen all the same: it passes through the same cache.
+    DEVICE void prefetch(const Plan& plan) const {
+        if (warp >= work.tiles) return;
+        Cursor<KEYS> at(plan, task, query_of(0), query_of(ROWS - 1), work.first_tile + warp);
+        Ring<HD>::prefetch(sources, shape, kv_head, at);
+        if (warp + WARPS >= work.tiles) return;
+        at.advance(WARPS);
+        Ring<HD>::prefetch(sources, shape, kv_head, at);
+    }
 
     DEVICE void load_q(const bf16* from) {
         for (int i = threadIdx.x; i < ROWS * Tile<HD>::CHUNKS; i += WARPS * 32) {
@@ -52,8 +96,8 @@ struct DecodeAttention {
             const int visible[2] = {at.visible(query_of(lane / 4)), at.visible(query_of(lane / 4 + 8))};
             mask_scores(scores[0], visible);
         }
-        softmax.update(scores[0], shape.scale * 1.4426950408889634f, rescale);
-        rescale_rows(out[0], rescale);
+        softmax.update(scores[0], shape.scale * LOG2_E, rescale);
+        if (warp_any(rescale[0] != 1.f || rescale[1] != 1.f)) rescale_rows(out[0], rescale);
         multiply_pv<HD, KEYS>(out, scores, ring.values(stage));
     }
 
@@ -88,62 +132,34 @@ struct DecodeAttention {
     // Merges the warps' results and writes them. The ring is not needed any more and holds what the warps exchange.
     DEVICE void write(const Output& to) {
         float normalise[2], lse[2];
-        softmax.finish(shape.scale * 1.4426950408889634f, normalise, lse);
+        softmax.finish(shape.scale * LOG2_E, normalise, lse);
         rescale_rows(out[0], normalise);
         __syncthreads();
         float* values = reinterpret_cast<float*>(q + ROWS * HD);
-        float* lses = values + WARPS * ROWS * HD;
-        const Output exchange = {nullptr, nullptr, values, lses};
+        const Left left = {values, values + WARPS * ROWS * HD};
+        const Output exchange = {nullptr, nullptr, left.values, left.lses};
         for (int half = 0; half < 2; ++half) write_partial<HD>(exchange, warp * ROWS + lane / 4 + half * 8, out[0], half, lse[half]);
         __syncthreads();
-        for (int i = threadIdx.x; i < ROWS * HD / 2; i += WARPS * 32) write_pair(to, values, lses, i / (HD / 2), i % (HD / 2) * 2);
-    }
-
-    // Columns `column` and the next of packed row `row`, over the warps.
-    DEVICE void write_pair(const Output& to, const float* values, const float* lses, int row, int column) {
-        if (work.first_row + row >= packed_rows()) return;
-        float largest = -INFINITY, sum = 0.f, even = 0.f, odd = 0.f;
-        for (int w = 0; w < WARPS; ++w) largest = fmaxf(largest, lses[w * ROWS + row]);
-        const float shift = largest == -INFINITY ? 0.f : largest;
-        for (int w = 0; w < WARPS; ++w) {
-            const float weight = exp2_approx((lses[w * ROWS + row] - shift) * 1.4426950408889634f);
-            sum += weight;
-            even += weight * values[(w * ROWS + row) * HD + column];
-            odd += weight * values[(w * ROWS + row) * HD + column + 1];
-        }
-        const float norm = sum > 0.f ? 1.f / sum : 0.f;
-        const float lse = sum > 0.f ? largest + logf(sum) : -INFINITY;
-        const PackedRow packed(work.first_row + row, kv_head, shape.group);
-        if (work.slot < 0) {
-            const size_t at = task.first_query + packed.query;
-            *reinterpret_cast<uint32_t*>(to.out + at * shape.out_stride + packed.head * HD + column) = pack_bf16(even * norm, odd * norm);
-            if (to.lse && column == 0) to.lse[at * shape.heads + packed.head] = lse;
-        } else {
-            const size_t at = (size_t(work.slot) * shape.kv_heads + kv_head) * ROWS + row;
-            to.partial[at * HD + column] = even * norm;
-            to.partial[at * HD + column + 1] = odd * norm;
-            if (column == 0) to.partial_lse[at] = lse;
-        }
+        const int rows = min(packed_rows() - work.first_row, ROWS);
+        for (int i = threadIdx.x; i < rows * HD / 2; i += WARPS * 32)
+            write_pair<HD, ROWS, WARPS>(to, shape, task, work, kv_head, left, i / (HD / 2), i % (HD / 2) * 2);
     }
 };
 
-#define KERNEL(NAME, HD, RING)                                                                                          \
-    extern "C" __global__ void __launch_bounds__(WARPS * 32) NAME(                                                      \
-        const __grid_constant__ Shape shape, const __grid_constant__ RING<HD, KEYS>::From sources,                      \
-        const __grid_constant__ Plan plan, const bf16* q, const __grid_constant__ Output to) {                          \
-        let_the_next_grid_start();                                                                                      \
-        wait_for_earlier_grids();                                                                                       \
-        DecodeAttention<HD, RING<HD, KEYS>> attention(shape, sources, plan);                                            \
-        attention.load_q(q);                                                                                            \
-        attention.run(plan);                                                                                            \
-        attention.write(to);                                                                                            \
+#define KERNEL(NAME, HD)                                                                                                             \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32) NAME(                                                                   \
+        const __grid_constant__ Shape shape, const __grid_constant__ Sources sources, const __grid_constant__ Plan plan,             \
+        const bf16* q, const __grid_constant__ Output to) {                                                                          \
+        let_the_next_grid_start();                                                                                                   \
+        DecodeAttention<HD> attention(shape, sources, plan);                                                                         \
+        attention.prefetch(plan);                                                                                                    \
+        wait_for_earlier_grids();                                                                                                    \
+        attention.load_q(q);                                                                                                         \
+        attention.run(plan);                                                                                                         \
+        attention.write(to);                                                                                                         \
     }
 
-KERNEL(attention_decode_128, 128, PlainRing)
-KERNEL(attention_decode_64, 64, PlainRing)
-KERNEL(attention_decode_32, 32, PlainRing)
-KERNEL(attention_decode_16, 16, PlainRing)
-KERNEL(attention_decode_fp8_128, 128, Fp8Ring)
-KERNEL(attention_decode_fp8_64, 64, Fp8Ring)
-KERNEL(attention_decode_fp8_32, 32, Fp8Ring)
-KERNEL(attention_decode_fp8_16, 16, Fp8Ring)
+KERNEL(attention_decode_128, 128)
+KERNEL(attention_decode_64, 64)
+KERNEL(attention_decode_32, 32)
+KERNEL(attention_decode_16, 16)

@@ -30,10 +30,11 @@ struct RingPosition {
     }
 };
 
-template <int HD_, int CONSUMERS_, int KEYS_>
+template <int HD_, int CONSUMERS_, int KEYS_, int STAGES_ = 2, int QUERY_STAGES_ = 1>
 struct Tiling {
     static constexpr int HD = HD_, CONSUMERS = CONSUMERS_, KEYS = KEYS_;
-    static constexpr int STAGES = 2;
+    static constexpr int STAGES = STAGES_;              // key tiles, and value tiles
+    static constexpr int QUERY_STAGES = QUERY_STAGES_;  // with two, the next piece's queries come while this one's are in use
     static constexpr int ROWS = 64 * CONSUMERS;
     static constexpr int THREADS = 128 * (CONSUMERS + 1);
     static constexpr int COLUMN_BLOCKS = HD / 64;
@@ -46,18 +47,20 @@ struct Tiling {
 
 template <class T>
 struct Shared {
-    alignas(1024) uint8_t q[T::Q_BYTES];
+    alignas(1024) uint8_t q[T::QUERY_STAGES][T::Q_BYTES];
     alignas(1024) uint8_t k[T::STAGES][T::TILE_BYTES];
     alignas(1024) uint8_t v[T::STAGES][T::TILE_BYTES];
-    uint64_t q_full, q_empty;
+    uint64_t q_full[T::QUERY_STAGES], q_empty[T::QUERY_STAGES];
     uint64_t k_full[T::STAGES], k_empty[T::STAGES], v_full[T::STAGES], v_empty[T::STAGES];
     uint64_t work_full[2], work_empty[2];
     int work[2];  // number of the piece, -1: no more
 
     DEVICE void init() {
         constexpr int WARPS = 4 * T::CONSUMERS;  // each consumer warp arrives once
-        barrier_init(&q_full, 1);
-        barrier_init(&q_empty, WARPS);
+        for (int i = 0; i < T::QUERY_STAGES; ++i) {
+            barrier_init(&q_full[i], 1);
+            barrier_init(&q_empty[i], WARPS);
+        }
         for (int i = 0; i < T::STAGES; ++i) {
             barrier_init(&k_full[i], 1);
             barrier_init(&v_full[i], 1);
@@ -93,7 +96,7 @@ struct Producer {
     const Shape& shape;
     const Plan& plan;
     RingPosition<T::STAGES> k_at, v_at;
-    uint32_t q_parity = 0;
+    RingPosition<T::QUERY_STAGES> q_at;
 
     DEVICE void load_k(const Cursor<T::KEYS>& at, int kv_head) {
         barrier_wait(&shared.k_empty[k_at.stage], k_at.parity ^ 1);
@@ -112,10 +115,10 @@ struct Producer {
     DEVICE void load_piece(const Piece& piece) {
         if (piece.work.tiles == 0) return;
         const int kv_head = piece.head / shape.group;
-        barrier_wait(&shared.q_empty, q_parity ^ 1);
-        barrier_arrive_expect(&shared.q_full, T::Q_BYTES);
-        copy_box(shared.q, &maps.q, &shared.q_full, 0, piece.task.first_query + piece.work.first_row, piece.head * T::COLUMN_BLOCKS);
-        q_parity ^= 1;
+        barrier_wait(&shared.q_empty[q_at.stage], q_at.parity ^ 1);
+        barrier_arrive_expect(&shared.q_full[q_at.stage], T::Q_BYTES);
+        copy_box(shared.q[q_at.stage], &maps.q, &shared.q_full[q_at.stage], 0, piece.task.first_query + piece.work.first_row, piece.head * T::COLUMN_BLOCKS);
+        q_at.advance();
         Cursor<T::KEYS> values = piece.cursor<T>(plan);
         load_k(values, kv_head);
         for (int i = 1; i < piece.work.tiles; ++i) {
@@ -152,7 +155,7 @@ struct Consumer {
     const int group;  // which consumer, from 0
     const float scale;
     RingPosition<T::STAGES> k_at, v_at;
-    uint32_t q_parity = 0;
+    RingPosition<T::QUERY_STAGES> q_at;
 
     float scores[KEYS / 2];
     uint32_t weights[KEYS / 4];  // bf16 pairs, fragments of the second product
@@ -182,7 +185,7 @@ struct Consumer {
     }
 
     DEVICE void issue_scores() {
-        const uint8_t* q = shared.q + group * 64 * 128;
+        const uint8_t* q = shared.q[q_at.stage] + group * 64 * 128;
         const uint8_t* k = shared.k[k_at.stage];
         pin(scores);
         products_fence();
@@ -235,8 +238,7 @@ struct Consumer {
 #pragma unroll
         for (int i = 0; i < HD / 2; ++i) out[i] = 0.f;
         Cursor<KEYS> at = piece.cursor<T>(plan);
-        barrier_wait(&shared.q_full, q_parity);
-        q_parity ^= 1;
+        barrier_wait(&shared.q_full[q_at.stage], q_at.parity);
 
         barrier_wait(&shared.k_full[k_at.stage], k_at.parity);
         take_turn();
@@ -267,7 +269,8 @@ struct Consumer {
             if (!LAZY || warp_any(rescale[0] != 1.f || rescale[1] != 1.f)) rescale_rows(out, rescale);
             pack_weights();
         }
-        release(&shared.q_empty);
+        release(&shared.q_empty[q_at.stage]);
+        q_at.advance();
         barrier_wait(&shared.v_full[v_at.stage], v_at.parity);
         issue_outputs();
         finish_outputs();
@@ -330,20 +333,19 @@ DEVICE void attend(const Maps& maps, const Shape& shape, const Plan& plan, int p
     }
 }
 
-#define KERNEL(NAME, HD, CONSUMERS, KEYS, PING_PONG, LAZY)                                                                              \
-    extern "C" __global__ void __launch_bounds__(Tiling<HD, CONSUMERS, KEYS>::THREADS, 1) NAME(                                         \
+#define KERNEL(NAME, PING_PONG, LAZY, ...)                                                                                              \
+    extern "C" __global__ void __launch_bounds__(Tiling<__VA_ARGS__>::THREADS, 1) NAME(                                                 \
         const __grid_constant__ Maps maps, const __grid_constant__ Shape shape, const __grid_constant__ Plan plan, int pieces,          \
         uint32_t* counter, const __grid_constant__ Output to) {                                                                         \
-        attend<Tiling<HD, CONSUMERS, KEYS>, PING_PONG, LAZY>(maps, shape, plan, pieces, counter, to);                                   \
+        attend<Tiling<__VA_ARGS__>, PING_PONG, LAZY>(maps, shape, plan, pieces, counter, to);                                           \
     }
 
-KERNEL(attention_hopper_128, 128, 3, 80, true, true)
-KERNEL(attention_hopper_64, 64, 2, 128, true, true)
+// Head dimension, consumers, keys a tile, stages, stages of queries.
+KERNEL(attention_hopper_128, true, true, 128, 3, 80)
+KERNEL(attention_hopper_64, true, true, 64, 2, 128)
 #ifdef VARIANTS
-KERNEL(hopper_128_2x128_pp_eager, 128, 2, 128, true, false)
-KERNEL(hopper_128_2x128_free_lazy, 128, 2, 128, false, true)
-KERNEL(hopper_128_2x176_pp_lazy, 128, 2, 176, true, true)
-KERNEL(hopper_128_2x160_pp_lazy, 128, 2, 160, true, true)
-KERNEL(hopper_128_2x128_pp_lazy, 128, 2, 128, true, true)
-KERNEL(hopper_128_3x64_pp_lazy, 128, 3, 64, false, true)
+KERNEL(hopper_128_3x80_3_stages, true, true, 128, 3, 80, 3)
+KERNEL(hopper_128_3x80_next_q, true, true, 128, 3, 80, 2, 2)
+KERNEL(hopper_128_2x128_pp_eager, true, false, 128, 2, 128)
+KERNEL(hopper_128_2x176_pp_lazy, true, true, 128, 2, 176)
 #endif

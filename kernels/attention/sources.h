@@ -12,11 +12,11 @@ struct Sources {
     const bf16* v[MAX_SOURCES];
 };
 
-// The same in FP8, see kv_fp8.cu: factors are [kv_heads, rows].
+// The same in FP8, see fp8.cuh; `rows` is the capacity.
 struct Fp8Sources {
     const uint8_t* k[MAX_SOURCES];
     const uint8_t* v[MAX_SOURCES];
-    const float* k_factors[MAX_SOURCES];
-    const float* v_factors[MAX_SOURCES];
+    const float* k_scales[MAX_SOURCES];
+    const float* v_scales[MAX_SOURCES];
     int32_t rows[MAX_SOURCES];
 };

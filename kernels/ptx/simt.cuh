@@ -19,16 +19,31 @@ DEVICE uint32_t pack_bf16(float low, float high) {
     return pair;
 }
 
-// Products of two pairs of bf16, rounded to nearest even, denormals kept.
-DEVICE uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
-    uint32_t product;
-    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u));
-    return product;
+// Two floats rounded to nearest even, as IEEE halves: `low` in the lower half.
+DEVICE uint32_t pack_half(float low, float high) {
+    uint32_t pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
 }
-// Bytes by the hexadecimal digits of SELECTOR, the last one first: 0 to 3 of `bytes`, 4 to 7 are 0.
+
+// Two FP8 codes (e4m3), the HALF-th halfword of `codes`, as IEEE halves: exact. The first code comes to lie in the lower half. No code may be NaN.
+template <int HALF>
+DEVICE uint32_t decode_fp8x2(uint32_t codes) {
+    uint32_t pair;
+#if __CUDA_ARCH__ >= 890
+    if constexpr (HALF == 0) asm("{ .reg .b16 low, high;\n mov.b32 {low, high}, %1;\n cvt.rn.f16x2.e4m3x2 %0, low; }" : "=r"(pair) : "r"(codes));
+    else asm("{ .reg .b16 low, high;\n mov.b32 {low, high}, %1;\n cvt.rn.f16x2.e4m3x2 %0, high; }" : "=r"(pair) : "r"(codes));
+#else
+    // Moved to the place of a half's exponent and mantissa a code is the value times 2^-8, denormals included.
+    const uint32_t apart = __byte_perm(codes, 0, HALF == 0 ? 0x1404 : 0x3424);
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(pair) : "r"((apart & 0x80008000u) | (apart & 0x7f007f00u) >> 1), "r"(0x5c005c00u));
+#endif
+    return pair;
+}
+// Four bytes by the hexadecimal digits of SELECTOR, the last one first: 0 to 3 are those of `a`, 4 to 7 those of `b`.
 template <uint32_t SELECTOR>
-DEVICE uint32_t spread_bytes(uint32_t bytes) {
-    return __byte_perm(bytes, 0, SELECTOR);
+DEVICE uint32_t pick_bytes(uint32_t a, uint32_t b) {
+    return __byte_perm(a, b, SELECTOR);
 }
 
 // IEEE half to float, from its bits.
@@ -54,8 +69,8 @@ DEVICE bool warp_any(bool value) { return __any_sync(ALL_LANES, value); }
 
 // Overlap of a launch with the one before it, where the launch allows that (sm_90; elsewhere grids never overlap).
 //
-// Everything issued before has been done, and is seen, after this; until then only what no kernel writes may be touched. Every kernel of a
-// chain of overlapping launches has to call it.
+// Everything issued before has been done, and is seen, after this; until then only what no kernel writes may be touched (weights; work lists, which copies
+// from the host write: what follows a copy does not overlap with it). Every kernel of a chain of overlapping launches has to call it.
 DEVICE void wait_for_earlier_grids() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -67,6 +82,9 @@ DEVICE void let_the_next_grid_start() {
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
+
+// Brings the line at an address on its way into the L2 cache. Nothing is read, so that this may come before earlier grids have been waited for.
+DEVICE void prefetch_line(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 
 // The block's dynamic shared memory, 1024-byte aligned as swizzled tiles need it.
 DEVICE uint8_t* dynamic_shared() {

@@ -79,6 +79,11 @@ impl HeadShape {
     pub fn kv_width(&self) -> usize {
         self.kv_heads * self.head_dim
     }
+    /// Bytes of a row of keys and its values as [`Backend::quantize_kv`] has it: `[key codes | value codes | key scales | value scales]`, a byte for
+    /// each element and four for each scale, filled up to whole 16 bytes.
+    pub fn quantized_row_bytes(&self) -> usize {
+        (2 * self.kv_width() + 2 * self.kv_heads * size_of::<f32>()).next_multiple_of(16)
+    }
     /// Query heads that share one KV head.
     pub fn group(&self) -> usize {
         self.heads / self.kv_heads
@@ -346,6 +351,49 @@ pub trait Backend: Send + Sync {
         rows: usize,
         dst: &mut Self::Matrix,
         dst_row: usize,
+    ) -> Result<(), BackendError>;
+    /// Puts groups of columns below each other: `dst[dst_row + g * rows + i] = src[row + i, col + g * width ..]` for `groups` groups `g` and `rows`
+    /// rows `i`, with `(row, col)` = `src_at` and `width` the columns of `dst`. Of queries, keys or values it makes rows by head, as they go from rank to rank.
+    fn stack_columns(
+        &self,
+        src: &Self::Matrix,
+        src_at: (usize, usize),
+        rows: usize,
+        groups: usize,
+        dst: &mut Self::Matrix,
+        dst_row: usize,
+    ) -> Result<(), BackendError>;
+    /// The opposite: `dst[dst_row + i, g * width ..] = src[src_row + g * rows + i]`, with `width` the columns of `src`.
+    fn unstack_columns(
+        &self,
+        src: &Self::Matrix,
+        src_row: usize,
+        rows: usize,
+        groups: usize,
+        dst: &mut Self::Matrix,
+        dst_row: usize,
+    ) -> Result<(), BackendError>;
+    /// A matrix for keys and values as [`Backend::quantize_kv`] has them; rows of [`HeadShape::quantized_row_bytes`], contents undefined.
+    fn quantized_kv(&self, shape: HeadShape, rows: usize) -> Result<Self::Matrix, BackendError>;
+    /// Quantises rows `row..row + rows` of keys and values to FP8 (e4m3, a scale for every row and KV head), into `out` from row `out_row` on: a
+    /// matrix of [`Backend::quantized_kv`], which is good for [`Backend::restore_kv`] and to travel, and for nothing else.
+    fn quantize_kv(
+        &self,
+        shape: HeadShape,
+        kv: KvRef<'_, Self::Matrix>,
+        row: usize,
+        rows: usize,
+        out: &mut Self::Matrix,
+        out_row: usize,
+    ) -> Result<(), BackendError>;
+    /// The keys and values of rows `row..row + rows` again, to where `kv` says.
+    fn restore_kv(
+        &self,
+        shape: HeadShape,
+        from: &Self::Matrix,
+        row: usize,
+        rows: usize,
+        kv: KvMut<'_, Self::Matrix>,
     ) -> Result<(), BackendError>;
     /// Final norm and language-model head of one row: `vocab` logits, on the host.
     fn logits(

@@ -19,6 +19,9 @@ pub(super) struct DeviceArgs {
     /// Ranks that work on a document together: groups of threads on the CPU, GPUs with cuda. Changes speed, not results.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     pub ranks: u16,
+    /// Numbers of the GPUs to use, one a rank (cuda only); by default the first ones.
+    #[arg(long, value_name = "N,N", value_delimiter = ',')]
+    pub devices: Vec<usize>,
     /// How keys and values are kept for generation: fp8 halves their memory and costs some exactness (cuda only).
     #[arg(long, value_enum, default_value_t = KvCacheName::Native)]
     pub kv_cache: KvCacheName,
@@ -54,6 +57,15 @@ impl KvCacheName {
             Self::Fp8 => crate::backend::cuda::KvCacheType::Fp8,
         }
     }
+
+    /// The name as it is given on the command line.
+    #[cfg(feature = "cuda")]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Native => "native",
+            Self::Fp8 => "fp8",
+        }
+    }
 }
 
 impl DeviceArgs {
@@ -69,6 +81,9 @@ impl DeviceArgs {
     pub fn open_cpu(&self, model: &Path, heads: Option<&Path>) -> Result<LocalEngine, CliError> {
         if self.kv_cache != KvCacheName::Native {
             return Err(CliError::Usage("--kv-cache fp8: with --backend cuda only".to_owned()));
+        }
+        if !self.devices.is_empty() {
+            return Err(CliError::Usage("--devices: with --backend cuda only".to_owned()));
         }
         let mut options =
             LocalOptions { heads: heads.map(Path::to_owned), ranks: self.ranks.into(), ..LocalOptions::default() };
@@ -86,21 +101,49 @@ impl DeviceArgs {
         Err(no_cuda())
     }
 
-    /// Opens a model on a GPU.
+    /// Opens a model on one or more GPUs.
     #[cfg(feature = "cuda")]
     pub fn open_cuda(&self, model: &Path, heads: Option<&Path>) -> Result<crate::engine::CudaEngine, CliError> {
-        if self.ranks > 1 {
-            let reason = "--ranks: with cuda a model runs on one GPU; --hosts cuts a document into parts on it";
-            return Err(CliError::Usage(reason.to_owned()));
-        }
-        let mut options = crate::engine::CudaEngineOptions { heads: heads.map(Path::to_owned), ..Default::default() };
+        let devices = gpus(self.ranks.into(), &self.devices)?;
+        let mut options =
+            crate::engine::CudaEngineOptions { heads: heads.map(Path::to_owned), devices, ..Default::default() };
         options.backend.kv_cache = self.kv_cache.of_cuda();
         crate::engine::CudaEngine::open(model, &options).map_err(|error| CliError::Usage(error.to_string()))
     }
+}
+
+/// The GPUs of so many ranks: those that are named, or the first ones.
+#[cfg(feature = "cuda")]
+pub(super) fn gpus(ranks: usize, named: &[usize]) -> Result<Vec<usize>, CliError> {
+    if named.is_empty() {
+        return Ok((0..ranks).collect());
+    }
+    if let Some(twice) = named.iter().enumerate().find(|(i, device)| named[..*i].contains(device)) {
+        return Err(CliError::Usage(format!("--devices: {} is named twice", twice.1)));
+    }
+    if ranks != 1 && ranks != named.len() {
+        let reason = format!("--devices names {} GPUs, --ranks asks for {ranks} ranks: it is one each", named.len());
+        return Err(CliError::Usage(reason));
+    }
+    Ok(named.to_vec())
 }
 
 /// What a build without the feature says.
 #[cfg(not(feature = "cuda"))]
 pub(super) fn no_cuda() -> CliError {
     CliError::Usage("cuda is not in this build; build with `--features cuda`, or use --backend cpu".to_owned())
+}
+
+#[cfg(all(test, feature = "cuda"))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gpus_are_the_first_ones_or_those_that_are_named() {
+        assert_eq!(gpus(3, &[]).unwrap(), [0, 1, 2]);
+        assert_eq!(gpus(1, &[4, 2]).unwrap(), [4, 2]);
+        assert_eq!(gpus(2, &[4, 2]).unwrap(), [4, 2]);
+        assert!(gpus(3, &[4, 2]).unwrap_err().to_string().contains("2 GPUs"));
+        assert!(gpus(1, &[4, 4]).unwrap_err().to_string().contains("4 is named twice"));
+    }
 }

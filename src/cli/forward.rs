@@ -15,6 +15,7 @@ use crate::generate::sampler::argmax;
 use crate::plan::{AttentionMode, AttentionRequest, PrefillPlan, Selector};
 
 use super::device::{BackendName, DeviceArgs};
+use super::execution::ExecutionArgs;
 use super::{CliError, Status};
 
 /// Arguments of `apbd forward`.
@@ -57,6 +58,8 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 1)]
     steps: usize,
     #[command(flatten)]
+    execution: ExecutionArgs,
+    #[command(flatten)]
     device: DeviceArgs,
 }
 
@@ -65,6 +68,7 @@ enum Attention {
     Auto,
     Full,
     Ring,
+    Ulysses,
     Star,
     Apb,
 }
@@ -107,7 +111,7 @@ impl Args {
         }
     }
 
-    fn forward<D: Devices + 'static>(&self, engine: &ModelEngine<D>, input: &Input) -> Result<Status, CliError> {
+    fn forward<D: Devices>(&self, engine: &ModelEngine<D>, input: &Input) -> Result<Status, CliError> {
         let (context, query) = (&input.context[..], &input.query[..]);
         let plan = engine.plan(context.len(), query.len(), self.query_at, &self.request()).map_err(cli_error)?;
         let job = Job { context, query, plan: &plan, new_tokens: self.steps };
@@ -131,6 +135,7 @@ impl Args {
             Attention::Auto => None,
             Attention::Full => Some(AttentionMode::Full),
             Attention::Ring => Some(AttentionMode::Ring),
+            Attention::Ulysses => Some(AttentionMode::Ulysses),
             Attention::Star => Some(AttentionMode::Star),
             Attention::Apb => Some(AttentionMode::Apb),
         };
@@ -147,6 +152,7 @@ impl Args {
             passing: self.passing,
             selector,
             query_in_anchor: self.no_query_in_anchor.then_some(false),
+            execution: self.execution.of_plan(),
         }
     }
 }

@@ -11,6 +11,7 @@ pub mod check;
 mod database;
 mod device;
 pub mod engine;
+mod execution;
 pub mod forward;
 pub mod heads;
 pub mod jobs;

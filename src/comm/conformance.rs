@@ -2,6 +2,8 @@
 //!
 //! Values are small whole numbers, exact in every compute type. Delays are random but results must not depend on them.
 //!
+//! The tests of the CUDA backend take this file in too, for the communicator between GPUs.
+//!
 //! Invariant: every test ends, whatever the communicator does, because every group has a deadline.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -28,53 +30,74 @@ pub trait Ranks: Sync {
     fn scores(&self, comm: &Self::C, rows: usize, cols: usize, values: &[f32]) -> Self::S;
     fn matrix_values(&self, comm: &Self::C, matrix: &Self::M) -> Vec<f32>;
     fn scores_values(&self, comm: &Self::C, scores: &Self::S) -> Vec<f32>;
+    /// Waits until what was finished is there, on a device that does it later. Tells what went wrong with it meanwhile.
+    fn settle(&self, comm: &Self::C) -> Result<(), CommError>;
+    /// Ranks that there can be at most.
+    fn most(&self) -> usize {
+        usize::MAX
+    }
 }
 
-/// Makes one `#[test]` of each function of the suite.
-macro_rules! suite {
-    ($ranks:expr) => {
-        $crate::comm::conformance::suite!($ranks;
-            all_gather_puts_the_rows_of_every_rank_in_order,
-            all_gather_of_scores_puts_the_rows_of_every_rank_in_order,
-            a_full_turn_of_the_ring_brings_everything_to_everybody,
-            collectives_in_flight_together_keep_apart,
-            broadcast_gives_every_rank_the_value_of_the_root,
-            nobody_passes_a_barrier_before_all_have_come,
-            random_collectives_with_random_delays_agree_with_their_definition,
-            an_abort_ends_every_collective_on_every_rank,
-            the_first_reason_of_an_abort_is_kept,
-            a_rank_that_dies_ends_every_collective_of_the_others,
-            a_rank_that_never_comes_ends_the_wait_of_the_others,
-            ranks_that_disagree_are_told_so,
-            sizes_wrong_by_themselves_are_refused,
-        );
-    };
-    ($ranks:expr; $($test:ident,)*) => {
-        $(#[test] fn $test() { $crate::comm::conformance::$test(&$ranks); })*
+/// Gives `$then!` the functions of the suite, each with the ranks without which it says nothing.
+macro_rules! with_functions {
+    ($then:ident) => {
+        $then! {
+            all_gather_puts_the_rows_of_every_rank_in_order: 1,
+            all_gather_of_scores_puts_the_rows_of_every_rank_in_order: 1,
+            a_full_turn_of_the_ring_brings_everything_to_everybody: 1,
+            an_all_to_all_brings_every_rank_what_the_others_have_for_it: 1,
+            collectives_in_flight_together_keep_apart: 2,
+            broadcast_gives_every_rank_the_value_of_the_root: 1,
+            nobody_passes_a_barrier_before_all_have_come: 2,
+            random_collectives_with_random_delays_agree_with_their_definition: 1,
+            an_abort_ends_every_collective_on_every_rank: 2,
+            the_first_reason_of_an_abort_is_kept: 1,
+            a_rank_that_dies_ends_every_collective_of_the_others: 2,
+            a_rank_that_never_comes_ends_the_wait_of_the_others: 2,
+            ranks_that_disagree_are_told_so: 3,
+            sizes_wrong_by_themselves_are_refused: 2,
+        }
     };
 }
-pub(crate) use suite;
+
+macro_rules! listed {
+    ($($test:ident: $needed:literal,)*) => {
+        /// The suite: name, ranks without which the test says nothing, test.
+        // Of this list and the macro above, each crate that has this file uses one.
+        #[allow(dead_code, clippy::type_complexity)]
+        pub fn tests<R: Ranks>() -> Vec<(&'static str, usize, fn(&R))> {
+            vec![$((stringify!($test), $needed, $test)),*]
+        }
+    };
+}
+with_functions!(listed);
+#[allow(unused_imports)]
+pub(crate) use with_functions;
 
 #[derive(Debug, Clone, Copy)]
 enum Op {
     AllGather,
     Scores,
     Rotate,
+    AllToAll,
     Broadcast,
     Barrier,
 }
 /// What a rank, whose number is the last argument, does.
 type Body<R> = fn(&R, &<R as Ranks>::C, usize) -> Result<(), CommError>;
 
-const OPS: [Op; 5] = [Op::AllGather, Op::Scores, Op::Rotate, Op::Broadcast, Op::Barrier];
+const OPS: [Op; 6] = [Op::AllGather, Op::Scores, Op::Rotate, Op::AllToAll, Op::Broadcast, Op::Barrier];
 
-/// Runs `body` on every rank, each on its own thread, and returns what they returned.
+/// Runs `body` on every rank, each on its own thread, and returns what they returned; nothing if there can not be so many ranks.
 fn on_all<R: Ranks, T: Send>(
     ranks: &R,
     size: usize,
     deadline: Duration,
     body: impl Fn(usize, R::C) -> T + Sync,
 ) -> Vec<T> {
+    if size > ranks.most() {
+        return Vec::new();
+    }
     let body = &body;
     std::thread::scope(|scope| {
         let ends = ranks.group(size, deadline).into_iter().enumerate();
@@ -133,25 +156,51 @@ fn check_rotate<R: Ranks>(ranks: &R, comm: &R::C, turn: usize, counts: &[usize],
     assert_eq!(values[..wanted.len()], wanted, "rank {rank}");
 }
 
+/// Rank `from` sends `counts[from][to]` rows to rank `to`; the value of an element tells its sender and its place among all that it sends.
+fn check_all_to_all<R: Ranks>(ranks: &R, comm: &R::C, turn: usize, counts: &[Vec<usize>], cols: usize) {
+    let (rank, size) = (comm.rank(), comm.size());
+    let (send_counts, receive_counts) = (&counts[rank], (0..size).map(|from| counts[from][rank]).collect::<Vec<_>>());
+    let (sends, receives) = (send_counts.iter().sum::<usize>(), receive_counts.iter().sum::<usize>());
+    let sent: Vec<f32> = (0..(sends + 1) * cols).map(|i| value(turn, rank, i)).collect();
+    let send = ranks.matrix(comm, sends + 1, cols, &sent);
+    // A spare row at the end that nobody may touch.
+    let receive = ranks.matrix(comm, receives + 1, cols, &vec![7.0; (receives + 1) * cols]);
+    let exchange = comm.all_to_all(send, send_counts, receive, &receive_counts).expect("all-to-all");
+    let (_, received) = comm.finish_all_to_all(exchange).expect("all-to-all");
+    let wanted = (0..size).flat_map(|from| {
+        let first: usize = counts[from][..rank].iter().sum();
+        (first * cols..(first + counts[from][rank]) * cols).map(move |i| value(turn, from, i))
+    });
+    let values = ranks.matrix_values(comm, &received);
+    let (taken, spare) = values.split_at(receives * cols);
+    assert_eq!(taken, wanted.collect::<Vec<_>>(), "rank {rank}");
+    assert!(spare.iter().all(|&v| v == 7.0), "rows beyond the counts were written: {spare:?}");
+}
+
 fn check_broadcast<C: Comm<M, S>, M, S>(comm: &C, turn: usize, root: usize) {
     let given = |rank: usize| u64::MAX - (turn * 1000 + rank) as u64;
     assert_eq!(comm.broadcast(root, given(comm.rank())).expect("broadcast"), given(root));
 }
 
-/// One collective of the given kind with sizes that agree on all ranks.
+/// One collective of the given kind with sizes that agree on all ranks, waited for.
 fn call<R: Ranks>(ranks: &R, comm: &R::C, op: Op) -> Result<(), CommError> {
     let counts = vec![2; comm.size()];
     let elements = vec![1.0; comm.size() * 2 * 4];
     let rows = comm.size() * 2;
-    match op {
+    let done = match op {
         Op::AllGather => {
             comm.all_gather(ranks.matrix(comm, rows, 4, &elements), &counts).and_then(|p| comm.finish(p)).map(drop)
         }
         Op::Scores => comm.all_gather_scores(&mut ranks.scores(comm, rows, 4, &elements), &counts),
         Op::Rotate => comm.rotate(ranks.matrix(comm, rows, 4, &elements), 2, 2).and_then(|p| comm.finish(p)).map(drop),
+        Op::AllToAll => {
+            let [send, receive] = [(); 2].map(|()| ranks.matrix(comm, rows, 4, &elements));
+            comm.all_to_all(send, &counts, receive, &counts).and_then(|x| comm.finish_all_to_all(x)).map(drop)
+        }
         Op::Broadcast => comm.broadcast(0, 1).map(drop),
         Op::Barrier => comm.barrier(),
-    }
+    };
+    done.and_then(|()| ranks.settle(comm))
 }
 
 fn pause(random: &mut StdRng) {
@@ -172,7 +221,7 @@ pub fn all_gather_of_scores_puts_the_rows_of_every_rank_in_order<R: Ranks>(ranks
 
 pub fn a_full_turn_of_the_ring_brings_everything_to_everybody<R: Ranks>(ranks: &R) {
     let counts = [3, 1, 0, 2];
-    let (size, cols, most) = (counts.len(), 4, 3);
+    let (size, cols, most) = (ranks.most().min(4), 4, 3);
     on_all(ranks, size, PATIENT, |rank, comm| {
         let own: Vec<f32> = (0..most * cols).map(|i| value(0, rank, i)).collect();
         let mut matrix = ranks.matrix(&comm, most, cols, &own);
@@ -185,6 +234,21 @@ pub fn a_full_turn_of_the_ring_brings_everything_to_everybody<R: Ranks>(ranks: &
             assert_eq!(ranks.matrix_values(&comm, &matrix)[..wanted.len()], wanted, "rank {rank}, step {step}");
         }
     });
+}
+
+pub fn an_all_to_all_brings_every_rank_what_the_others_have_for_it<R: Ranks>(ranks: &R) {
+    for size in 1..=5 {
+        on_all(ranks, size, PATIENT, |_, comm| {
+            // Every count differs from those of the other direction; some are 0.
+            let uneven: Vec<Vec<usize>> =
+                (0..size).map(|from| (0..size).map(|to| (from * 3 + to * 5) % 4).collect()).collect();
+            check_all_to_all(ranks, &comm, 1, &uneven, 6);
+            // A rank that takes part in nothing but the call.
+            let idle: Vec<Vec<usize>> =
+                (0..size).map(|from| (0..size).map(|to| usize::from(from > 0 && to > 0)).collect()).collect();
+            check_all_to_all(ranks, &comm, 2, &idle, 2);
+        });
+    }
 }
 
 pub fn collectives_in_flight_together_keep_apart<R: Ranks>(ranks: &R) {
@@ -210,7 +274,7 @@ pub fn broadcast_gives_every_rank_the_value_of_the_root<R: Ranks>(ranks: &R) {
 }
 
 pub fn nobody_passes_a_barrier_before_all_have_come<R: Ranks>(ranks: &R) {
-    let (size, turns, come) = (4, 20, AtomicUsize::new(0));
+    let (size, turns, come) = (ranks.most().min(4), 20, AtomicUsize::new(0));
     on_all(ranks, size, PATIENT, |rank, comm| {
         let mut random = StdRng::seed_from_u64(rank as u64);
         for turn in 1..=turns {
@@ -237,6 +301,10 @@ pub fn random_collectives_with_random_delays_agree_with_their_definition<R: Rank
                     Op::AllGather => check_all_gather(ranks, &comm, turn, &counts, cols),
                     Op::Scores => check_scores(ranks, &comm, turn, &counts, cols),
                     Op::Rotate => check_rotate(ranks, &comm, turn, &counts, cols),
+                    Op::AllToAll => {
+                        let from = |_| (0..size).map(|_| programme.random_range(0..5)).collect();
+                        check_all_to_all(ranks, &comm, turn, &(0..size).map(from).collect::<Vec<_>>(), cols);
+                    }
                     Op::Broadcast => check_broadcast(&comm, turn, turn % size),
                     Op::Barrier => comm.barrier().expect("barrier"),
                 }
@@ -246,10 +314,11 @@ pub fn random_collectives_with_random_delays_agree_with_their_definition<R: Rank
 }
 
 pub fn an_abort_ends_every_collective_on_every_rank<R: Ranks>(ranks: &R) {
+    let size = ranks.most().min(3);
     for op in OPS {
-        for culprit in 0..3 {
-            let others_work = std::sync::Barrier::new(3);
-            on_all(ranks, 3, PATIENT, |rank, comm| {
+        for culprit in 0..size {
+            let others_work = std::sync::Barrier::new(size);
+            on_all(ranks, size, PATIENT, |rank, comm| {
                 call(ranks, &comm, op).expect("before the abort");
                 others_work.wait();
                 pause(&mut StdRng::seed_from_u64(rank as u64));
@@ -278,9 +347,10 @@ pub fn the_first_reason_of_an_abort_is_kept<R: Ranks>(ranks: &R) {
 }
 
 pub fn a_rank_that_dies_ends_every_collective_of_the_others<R: Ranks>(ranks: &R) {
+    let size = ranks.most().min(3);
     for op in OPS {
-        let all_alive = std::sync::Barrier::new(3);
-        on_all(ranks, 3, PATIENT, |rank, comm| {
+        let all_alive = std::sync::Barrier::new(size);
+        on_all(ranks, size, PATIENT, |rank, comm| {
             call(ranks, &comm, op).expect("before the death");
             all_alive.wait();
             if rank == 1 {
@@ -295,23 +365,24 @@ pub fn a_rank_that_dies_ends_every_collective_of_the_others<R: Ranks>(ranks: &R)
 }
 
 pub fn a_rank_that_never_comes_ends_the_wait_of_the_others<R: Ranks>(ranks: &R) {
+    let size = ranks.most().min(3);
     for op in OPS {
-        let others_done = std::sync::Barrier::new(3);
-        let results = on_all(ranks, 3, HASTY, |rank, comm| {
-            let result = if rank == 2 { Ok(()) } else { call(ranks, &comm, op) };
+        let others_done = std::sync::Barrier::new(size);
+        let results = on_all(ranks, size, HASTY, |rank, comm| {
+            let result = if rank + 1 == size { Ok(()) } else { call(ranks, &comm, op) };
             others_done.wait();
             (result, call(ranks, &comm, op))
         });
         let timed_out = |result: &Result<(), CommError>| matches!(result, Err(CommError::TimedOut { .. }));
         assert!(results.iter().any(|(first, _)| timed_out(first)), "{op:?}: {results:?}");
-        assert!(results[..2].iter().all(|(first, _)| first.is_err()), "{op:?}: {results:?}");
+        assert!(results[..size - 1].iter().all(|(first, _)| first.is_err()), "{op:?}: {results:?}");
         let ended = |result: &Result<(), CommError>| matches!(result, Err(CommError::Aborted { .. }));
         assert!(results.iter().all(|(_, later)| ended(later)), "{op:?}: {results:?}");
     }
 }
 
 pub fn ranks_that_disagree_are_told_so<R: Ranks>(ranks: &R) {
-    let wrong: [(&str, Body<R>); 5] = [
+    let wrong: [(&str, Body<R>); 6] = [
         ("counts", |ranks, comm, rank| {
             let counts = if rank == 1 { [1, 2, 1] } else { [1, 1, 1] };
             let matrix = ranks.matrix(comm, 4, 2, &[0.0; 8]);
@@ -326,6 +397,12 @@ pub fn ranks_that_disagree_are_told_so<R: Ranks>(ranks: &R) {
             let matrix = ranks.matrix(comm, 2, 2, &[0.0; 4]);
             comm.rotate(matrix, 1, receive).and_then(|pending| comm.finish(pending)).map(drop)
         }),
+        ("what is sent to one of several and what it awaits", |ranks, comm, rank| {
+            let receive_counts = if rank == 2 { [1, 0, 1] } else { [1, 1, 1] };
+            let [send, receive] = [(); 2].map(|()| ranks.matrix(comm, 3, 2, &[0.0; 6]));
+            let exchange = comm.all_to_all(send, &[1, 1, 1], receive, &receive_counts);
+            exchange.and_then(|exchange| comm.finish_all_to_all(exchange)).map(drop)
+        }),
         ("roots", |_, comm, rank| comm.broadcast(usize::from(rank == 0), 5).map(drop)),
         ("the operation", |_, comm, rank| if rank == 1 { comm.barrier() } else { comm.broadcast(0, 5).map(drop) }),
     ];
@@ -333,7 +410,7 @@ pub fn ranks_that_disagree_are_told_so<R: Ranks>(ranks: &R) {
         for seed in 0..4 {
             let results = on_all(ranks, 3, PATIENT, |rank, comm| {
                 pause(&mut StdRng::seed_from_u64(seed * 3 + rank as u64));
-                body(ranks, &comm, rank)
+                body(ranks, &comm, rank).and_then(|()| ranks.settle(&comm))
             });
             let told = |result: &Result<(), CommError>| {
                 matches!(result, Err(CommError::Mismatch { .. } | CommError::Aborted { .. }))
@@ -346,6 +423,17 @@ pub fn ranks_that_disagree_are_told_so<R: Ranks>(ranks: &R) {
 }
 
 pub fn sizes_wrong_by_themselves_are_refused<R: Ranks>(ranks: &R) {
+    let all_to_all = |ranks: &R, comm: &R::C, cols: usize, send: &[usize], receive: &[usize]| {
+        let sent = ranks.matrix(comm, 2, cols, &vec![0.0; 2 * cols]);
+        comm.all_to_all(sent, send, ranks.matrix(comm, 2, 2, &[0.0; 4]), receive).map(drop)
+    };
+    for (cols, send, receive) in
+        [(2, &[1, 2][..], &[1, 1][..]), (2, &[1, 1], &[2, 1]), (2, &[1, 1], &[1]), (4, &[1, 1], &[1, 1])]
+    {
+        for result in on_all(ranks, 2, PATIENT, |_, comm| all_to_all(ranks, &comm, cols, send, receive)) {
+            assert!(matches!(result, Err(CommError::Mismatch { .. } | CommError::Aborted { .. })), "{result:?}");
+        }
+    }
     let bodies: [Body<R>; 4] = [
         |ranks, comm, _| comm.all_gather(ranks.matrix(comm, 2, 2, &[0.0; 4]), &[1, 2]).map(drop),
         |ranks, comm, _| comm.all_gather(ranks.matrix(comm, 2, 2, &[0.0; 4]), &[1]).map(drop),

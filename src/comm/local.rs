@@ -5,15 +5,13 @@
 //!
 //! Invariant: no data is copied while the rounds are locked; a rank that waits is woken by every deposit, abort and departure.
 
-mod rounds;
-
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use super::rounds::{Call, Deposit, Rounds};
 use super::{Comm, CommError};
 use crate::backend::cpu::{Matrix, Scores};
-use rounds::{Call, Deposit, Rounds};
 
 /// One rank's end of a communicator between threads. Dropping it while others wait for it aborts them.
 pub struct LocalComm {
@@ -30,6 +28,15 @@ pub struct Pending {
     round: u64,
     call: Call,
     rows: Matrix,
+}
+
+/// An all-to-all that has been started, and its matrices.
+#[must_use = "a started all-to-all has to be finished"]
+pub struct Exchange {
+    round: u64,
+    receive_counts: Vec<usize>,
+    sent: Matrix,
+    received: Matrix,
 }
 
 impl LocalComm {
@@ -84,6 +91,19 @@ fn place_gathered(rank: usize, counts: &[usize], deposits: &[Deposit], into: &mu
     }
 }
 
+/// Copies what every peer sent to `rank` to its place among `counts`.
+fn place_exchanged(rank: usize, counts: &[usize], deposits: &[Deposit], into: &mut Matrix) {
+    let width = into.cols();
+    let mut first = 0;
+    for (deposit, count) in deposits.iter().zip(counts) {
+        let Call::AllToAll { send, .. } = &deposit.call else { continue };
+        let from: usize = send[..rank].iter().sum();
+        let sent = &deposit.rows[from * width..(from + count) * width];
+        into.data_mut()[first * width..(first + count) * width].copy_from_slice(sent);
+        first += count;
+    }
+}
+
 /// The rows this rank brings to an all-gather.
 fn own_rows(rank: usize, counts: &[usize], rows: &Matrix) -> Vec<f32> {
     let first: usize = counts[..rank].iter().sum();
@@ -92,6 +112,7 @@ fn own_rows(rank: usize, counts: &[usize], rows: &Matrix) -> Vec<f32> {
 
 impl Comm<Matrix, Scores> for LocalComm {
     type Pending = Pending;
+    type Exchange = Exchange;
 
     fn rank(&self) -> usize {
         self.rank
@@ -117,6 +138,34 @@ impl Comm<Matrix, Scores> for LocalComm {
         let sent = rows.data()[..send_rows * rows.cols()].to_vec();
         let round = self.deposit(&call, sent, 0)?;
         Ok(Pending { round, call, rows })
+    }
+
+    fn all_to_all(
+        &self,
+        send: Matrix,
+        send_counts: &[usize],
+        receive: Matrix,
+        receive_counts: &[usize],
+    ) -> Result<Exchange, CommError> {
+        let op = "all-to-all";
+        self.check_counts(op, send.rows(), send_counts)?;
+        self.check_counts(op, receive.rows(), receive_counts)?;
+        let cols = send.cols();
+        if receive.cols() != cols {
+            let got = format!("rows of {} to receive", receive.cols());
+            return Err(self.refuse(op, format!("rows of {cols}, as are sent"), got));
+        }
+        let call = Call::AllToAll { send: send_counts.to_vec(), receive: receive_counts.to_vec(), cols };
+        let rows: usize = send_counts.iter().sum();
+        let round = self.deposit(&call, send.data()[..rows * cols].to_vec(), 0)?;
+        Ok(Exchange { round, receive_counts: receive_counts.to_vec(), sent: send, received: receive })
+    }
+
+    fn finish_all_to_all(&self, exchange: Exchange) -> Result<(Matrix, Matrix), CommError> {
+        let Exchange { round, receive_counts, sent, mut received } = exchange;
+        let deposits = self.rounds.take(round, self.rank, "all-to-all")?;
+        place_exchanged(self.rank, &receive_counts, &deposits, &mut received);
+        Ok((sent, received))
     }
 
     fn finish(&self, pending: Pending) -> Result<Matrix, CommError> {

@@ -9,6 +9,9 @@
 #[cfg(test)]
 pub(crate) mod conformance;
 pub mod local;
+#[cfg(feature = "cuda")]
+pub mod nccl;
+mod rounds;
 pub mod solo;
 
 /// Why a collective did not complete.
@@ -32,6 +35,8 @@ pub enum CommError {
 pub trait Comm<M, S>: Send {
     /// A collective that has been started.
     type Pending;
+    /// An all-to-all that has been started.
+    type Exchange;
 
     /// This rank, `0..size()`.
     fn rank(&self) -> usize;
@@ -44,7 +49,19 @@ pub trait Comm<M, S>: Send {
     /// Starts sending rows `0..send_rows` of `rows` to the next rank (`rank + 1`, the last to 0) and receiving the previous rank's
     /// (`receive_rows` of them) into the same matrix; one step of a ring.
     fn rotate(&self, rows: M, send_rows: usize, receive_rows: usize) -> Result<Self::Pending, CommError>;
-    /// Awaits a started collective.
+    /// Starts sending every rank rows of its own: to rank `p` go `send_counts[p]` rows from row `send_counts[..p].sum()` of `send` on, and from it
+    /// come `receive_counts[p]` rows, to row `receive_counts[..p].sum()` of `receive`. Counts may be 0, and a rank sends to itself too. All
+    /// matrices are of one width. Both are handed back by [`Comm::finish_all_to_all`].
+    fn all_to_all(
+        &self,
+        send: M,
+        send_counts: &[usize],
+        receive: M,
+        receive_counts: &[usize],
+    ) -> Result<Self::Exchange, CommError>;
+    /// Awaits a started all-to-all, and hands back what was sent (contents undefined) and what was received.
+    fn finish_all_to_all(&self, exchange: Self::Exchange) -> Result<(M, M), CommError>;
+    /// Awaits a started collective other than an all-to-all.
     fn finish(&self, pending: Self::Pending) -> Result<M, CommError>;
     /// In-place all-gather of scores, awaited at once; `counts` as above.
     fn all_gather_scores(&self, rows: &mut S, counts: &[usize]) -> Result<(), CommError>;

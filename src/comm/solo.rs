@@ -29,6 +29,7 @@ impl SoloComm {
 
 impl<M: Send, S> Comm<M, S> for SoloComm {
     type Pending = M;
+    type Exchange = (M, M);
 
     fn rank(&self) -> usize {
         0
@@ -47,6 +48,25 @@ impl<M: Send, S> Comm<M, S> for SoloComm {
         let got = format!("{receive_rows}");
         self.check("rotate", send_rows == receive_rows, &format!("{send_rows} rows from itself"), got)?;
         Ok(rows)
+    }
+
+    /// What is sent is what is received: the matrices change places.
+    fn all_to_all(
+        &self,
+        send: M,
+        send_counts: &[usize],
+        receive: M,
+        receive_counts: &[usize],
+    ) -> Result<(M, M), CommError> {
+        let op = "all-to-all";
+        self.check_counts(op, send_counts)?;
+        let got = format!("{receive_counts:?}");
+        self.check(op, send_counts == receive_counts, &format!("{send_counts:?} rows from itself"), got)?;
+        Ok((receive, send))
+    }
+
+    fn finish_all_to_all(&self, exchange: (M, M)) -> Result<(M, M), CommError> {
+        Ok(exchange)
     }
 
     fn finish(&self, pending: M) -> Result<M, CommError> {
@@ -85,6 +105,8 @@ mod tests {
         let comm = alone();
         assert_eq!(comm.all_gather(vec![1.0], &[1]).and_then(|rows| comm.finish(rows)).unwrap(), [1.0]);
         assert_eq!(comm.rotate(vec![2.0], 1, 1).and_then(|rows| comm.finish(rows)).unwrap(), [2.0]);
+        let exchange = comm.all_to_all(vec![3.0], &[1], vec![0.0], &[1]).unwrap();
+        assert_eq!(comm.finish_all_to_all(exchange).unwrap().1, [3.0]);
         assert_eq!(comm.broadcast(0, 7).unwrap(), 7);
     }
 
@@ -92,6 +114,7 @@ mod tests {
     fn mistakes_are_refused_and_the_first_reason_of_an_abort_is_kept() {
         let comm = alone();
         assert!(matches!(comm.all_gather(vec![], &[1, 1]), Err(CommError::Mismatch { .. })));
+        assert!(matches!(comm.all_to_all(vec![], &[1], vec![], &[2]), Err(CommError::Mismatch { .. })));
         assert!(matches!(comm.broadcast(1, 0), Err(CommError::Mismatch { .. })));
         comm.abort("first");
         comm.abort("second");

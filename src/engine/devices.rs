@@ -28,7 +28,7 @@ pub type MatrixOf<D> = <<D as Devices>::Backend as Backend>::Matrix;
 pub type ScoresOf<D> = <<D as Devices>::Backend as Backend>::Scores;
 
 /// Devices with a model's weights on them.
-pub trait Devices: Send + Sync {
+pub trait Devices: Send + Sync + 'static {
     /// What a rank computes with.
     type Backend: Backend;
     /// What connects the ranks.

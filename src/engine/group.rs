@@ -87,7 +87,7 @@ struct Ending {
 
 impl Group {
     /// Connects the ranks and starts their threads.
-    pub fn start<D: Devices + 'static>(model: &Arc<Model<D>>, limits: Limits) -> Result<Self, EngineError> {
+    pub fn start<D: Devices>(model: &Arc<Model<D>>, limits: Limits) -> Result<Self, EngineError> {
         let members = model.devices.connect(model.devices.ranks())?;
         let (sender, inbox) = channel();
         let ending = Arc::new(Ending::default());
@@ -170,8 +170,8 @@ impl Door {
     pub fn run(self, job: &Job<'_>, needs: Needs, driver: &mut dyn Driver) -> Result<Timing, EngineError> {
         let (caller, to_root) = conversation::open(driver, job.new_tokens);
         let submission = Submission { job: job.into(), needs, caller };
-        let had_begun = match self.inbox.map(|inbox| inbox.send(submission)) {
-            Some(Ok(())) => match to_root.converse(driver) {
+        let had_begun = match self.inbox.map(|inbox| inbox.send(submission).is_ok()) {
+            Some(true) => match to_root.converse(driver) {
                 Outcome::Ended(result) => return result,
                 Outcome::Gone { had_begun } => had_begun,
             },

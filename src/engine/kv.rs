@@ -1,6 +1,6 @@
 //! Keys and values: of the rows at hand, on their way between ranks, and those a rank keeps of a prefill.
 //!
-//! Invariant: the rows a rank keeps are in the order of the document; neither anchor nor passing block is ever among them. The
+//! Invariant: the rows a rank keeps are in the order of the document, though perhaps not all of a stretch of it; neither anchor nor passing block is ever among them. The
 //! rank of the last host, and it alone, has room for the query and for what is generated.
 
 use crate::backend::{Backend, BackendError, HeadShape, KvMut, KvRef};

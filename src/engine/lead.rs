@@ -224,10 +224,14 @@ impl<'r, 'a, B: Backend, C: Comm<B::Matrix, B::Scores>> Leader<'r, 'a, B, C> {
             let token = self.active.get_mut(id)?.chosen.take()?;
             Some(Feed { sequence: *id, tokens: vec![token] })
         };
+        let before = Instant::now();
         let feeds: Vec<Feed> = ids.iter().filter_map(feed).collect();
         let fed: Vec<SequenceId> = feeds.iter().map(|feed| feed.sequence).collect();
         self.command(Command::Append { feeds })?;
-        self.choose(&fed)
+        self.choose(&fed)?;
+        // The choice has waited for the device.
+        self.schedule.learn_step(before.elapsed().as_secs_f64());
+        Ok(())
     }
 
     /// Brings every caller what came of its sequence in the last pass, and takes their answers.

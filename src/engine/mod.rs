@@ -7,6 +7,8 @@ mod command;
 mod conversation;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(feature = "cuda")]
+mod cuda_comm;
 mod decode;
 pub mod devices;
 mod digest;

@@ -42,7 +42,7 @@ pub(super) struct ModelFiles<'a> {
     pub heads: Option<PathBuf>,
 }
 
-impl<D: Devices + 'static> ModelEngine<D> {
+impl<D: Devices> ModelEngine<D> {
     /// Opens a model directory; `place` loads its weights. Without `heads` the directory's own are taken, if it has any.
     pub(super) fn open_on<F>(directory: &Path, heads: Option<&Path>, place: F) -> Result<Self, OpenError>
     where

@@ -4,10 +4,9 @@
 
 use crate::backend::Backend;
 use crate::comm::Comm;
-use crate::plan::{AttentionMode, PrefillPlan, RankLayout};
+use crate::plan::{PrefillPlan, RankLayout};
 
-use super::attention::blocks::BlockAttention;
-use super::attention::ring::RingAttention;
+use super::attention::Attention;
 use super::command::OwnedJob;
 use super::decode::Sequence;
 use super::kv::{KeyValues, KvCache};
@@ -27,16 +26,11 @@ pub(super) struct PrefillState<B: Backend> {
     /// Which row is what.
     pub layout: RankLayout,
     /// Position of each row.
-    positions: Vec<u32>,
+    pub positions: Vec<u32>,
     /// Activations of the rows.
     pub activations: Activations<B>,
     /// Keys (after RoPE) and values of the rows in the current layer.
     pub working: KeyValues<B::Matrix>,
-}
-
-enum Attention<B: Backend> {
-    Blocks(BlockAttention<B>),
-    Ring(RingAttention<B>),
 }
 
 impl<B: Backend> Prefill<B> {
@@ -45,10 +39,7 @@ impl<B: Backend> Prefill<B> {
         let plan = job.plan.clone();
         let layout = plan.layout(rank.comm.rank(), rank.comm.size());
         let cache = KvCache::new(rank.backend, rank.spec, &plan, &layout, job.new_tokens)?;
-        let attention = match plan.mode {
-            AttentionMode::Ring => Attention::Ring(RingAttention::new(rank, &plan, &layout)?),
-            _ => Attention::Blocks(BlockAttention::new(rank, &plan, &layout)?),
-        };
+        let attention = Attention::new(rank, &plan, &layout)?;
         let state = PrefillState::new(rank, job, layout)?;
         Ok(Self { plan, state, attention, cache, layers_done: 0 })
     }
@@ -97,8 +88,8 @@ impl<B: Backend> PrefillState<B> {
         }
         // Of the last layer only keys and values are used: nothing reads the context's hidden state after it.
         let is_last = layer + 1 == rank.spec.layers;
-        if let (Attention::Blocks(blocks), false) = (&mut *attention, is_last) {
-            blocks.score_before_rope(rank, plan, layer, self)?;
+        if !is_last {
+            attention.score_before_rope(rank, layer, self)?;
         }
         if rows > 0 {
             self.rope(rank)?;
@@ -108,10 +99,7 @@ impl<B: Backend> PrefillState<B> {
         if is_last {
             return Ok(());
         }
-        match attention {
-            Attention::Blocks(blocks) => blocks.attend(rank, plan, self)?,
-            Attention::Ring(ring) => ring.attend(rank, plan, self)?,
-        }
+        attention.attend(rank, plan, self)?;
         if rows > 0 {
             self.activations.close(rank.backend, rank.spec, weights, rows)?;
         }

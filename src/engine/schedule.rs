@@ -2,7 +2,8 @@
 //!
 //! One context prefills at a time, first come, first served. A much shorter one may overtake it between two layers, for at most half of the
 //! time; so a long document never holds up short ones, nor do they hold it up for ever. What generates takes a step at the latest when
-//! prefills have taken [`Limits::stall`], and without pause when no context can begin. Memory is counted before it is taken.
+//! prefills have taken [`Limits::stall`], as many as fit into a share of that time, and goes on without pause when no context can
+//! begin. Memory is counted before it is taken.
 //!
 //! Invariant: pure. Bytes in use never exceed the budget; there is a step as long as there is a sequence; every sequence gets its turn.
 
@@ -13,6 +14,10 @@ use super::command::SequenceId;
 
 /// A context may overtake the one that prefills if its work is at most this part of what that one has left.
 const OVERTAKER_PART: f64 = 0.25;
+
+/// Time of steps, of the time of the prefills before them. Little, because a step costs much the same for few sequences as for many: the longer
+/// those that have been prefilled wait, the more will share it.
+const GENERATING_SHARE: f64 = 0.1;
 
 /// How often later sequences may begin before one that still waits for memory; then they wait for it.
 const PATIENCE: u32 = 8;
@@ -90,8 +95,12 @@ pub struct Schedule {
     generating: Vec<(SequenceId, u64)>,
     /// Operations a second of prefills; unknown before the first has ended.
     flops_per_s: Option<f64>,
+    /// Seconds of a step of what generates; unknown before the first.
+    step_s: Option<f64>,
     /// Operations of prefills since the last step of what generates.
     flops_since_step: f64,
+    /// Seconds of steps that are due before the next layer.
+    due_s: f64,
     /// Operations by which overtakers are ahead of the one they overtook.
     overtaken_flops: f64,
 }
@@ -105,7 +114,9 @@ impl Schedule {
             prefilling: Vec::new(),
             generating: Vec::new(),
             flops_per_s: None,
+            step_s: None,
             flops_since_step: 0.0,
+            due_s: 0.0,
             overtaken_flops: 0.0,
         }
     }
@@ -141,6 +152,11 @@ impl Schedule {
         }
     }
 
+    /// A step of what generates has been seen to take so long.
+    pub fn learn_step(&mut self, seconds: f64) {
+        self.step_s = Some(self.step_s.map_or(seconds, |known| 0.7 * known + 0.3 * seconds));
+    }
+
     /// Whether no sequence is there.
     pub fn is_empty(&self) -> bool {
         self.waiting.is_empty() && self.is_idle()
@@ -159,7 +175,7 @@ impl Schedule {
 
     /// The next step, which is taken as done; `budget_bytes` is what all sequences together may take now.
     pub fn next(&mut self, budget_bytes: u64) -> Step {
-        if !self.generating.is_empty() && self.is_stalled() {
+        if !self.generating.is_empty() && (self.due_s > 0.0 || self.is_stalled()) {
             return self.generate();
         }
         if let Some(at) = self.to_begin(budget_bytes) {
@@ -181,7 +197,11 @@ impl Schedule {
     }
 
     fn generate(&mut self) -> Step {
+        let prefills_s = self.flops_per_s.map_or(0.0, |rate| self.flops_since_step / rate);
         self.flops_since_step = 0.0;
+        // A step whose length is not known is the only one.
+        let left_s = self.due_s + prefills_s * GENERATING_SHARE - self.step_s.unwrap_or(f64::INFINITY);
+        self.due_s = left_s.max(0.0);
         Step::Generate(self.generating.iter().map(|(id, _)| *id).collect())
     }
 

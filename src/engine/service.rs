@@ -36,7 +36,7 @@ pub struct ModelEngine<D: Devices> {
     group: Mutex<Option<Group>>,
 }
 
-impl<D: Devices + 'static> ModelEngine<D> {
+impl<D: Devices> ModelEngine<D> {
     /// `digest` tells models apart; `vocabulary` is needed by [`Engine::infer`] alone.
     pub fn new(
         name: String,
@@ -103,15 +103,20 @@ impl<D: Devices + 'static> ModelEngine<D> {
             );
             return Err(EngineError::Input { reason });
         }
-        let needs = self.needs(plan, new_tokens);
-        let own_bytes = needs.kept_bytes.saturating_add(needs.transient_bytes);
-        let needed_bytes = own_bytes.saturating_add(self.model.fixed_bytes(&self.limits()));
+        let needed_bytes = self.bytes_for(plan, new_tokens);
         let used = self.group.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(0, Group::used_bytes);
         let available_bytes = self.model.memory(used);
         if needed_bytes > available_bytes {
             return Err(EngineError::Memory { tokens: context, needed_bytes, available_bytes });
         }
-        Ok(needs)
+        Ok(self.needs(plan, new_tokens))
+    }
+
+    /// Bytes that a plan needs with nothing beside it: on the rank that needs most, or on all together where they share one memory.
+    pub fn bytes_for(&self, plan: &PrefillPlan, new_tokens: usize) -> u64 {
+        let needs = self.needs(plan, new_tokens);
+        let own_bytes = needs.kept_bytes.saturating_add(needs.transient_bytes);
+        own_bytes.saturating_add(self.model.fixed_bytes(&self.limits()))
     }
 
     /// What a sequence takes: on the rank that takes most, or on all together where they share one memory.
@@ -138,7 +143,7 @@ impl<D: Devices + 'static> ModelEngine<D> {
     }
 }
 
-impl<D: Devices + 'static> Engine for ModelEngine<D> {
+impl<D: Devices> Engine for ModelEngine<D> {
     fn info(&self) -> EngineInfo {
         EngineInfo {
             model: self.name.clone(),

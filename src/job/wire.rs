@@ -161,6 +161,8 @@ pub enum ModeMessage {
     Full,
     /// Exact, several hosts.
     Ring,
+    /// Exact, several hosts, each rank with some of the heads.
+    Ulysses,
     /// Approximate, no passing blocks.
     Star,
     /// Approximate, with passing blocks.
@@ -366,6 +368,7 @@ fn check_attention(message: Option<&AttentionMessage>, faults: &mut Faults) -> A
         ModeMessage::Auto => None,
         ModeMessage::Full => Some(AttentionMode::Full),
         ModeMessage::Ring => Some(AttentionMode::Ring),
+        ModeMessage::Ulysses => Some(AttentionMode::Ulysses),
         ModeMessage::Star => Some(AttentionMode::Star),
         ModeMessage::Apb => Some(AttentionMode::Apb),
     });

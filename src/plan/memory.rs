@@ -52,6 +52,10 @@ impl Footprint {
             + scores(stacked * self.heads)
             + self.scratch_bytes
     }
+    /// Bytes of a row of keys and its values as passing blocks travel in FP8: a code for each element, a scale for each head, whole 16 bytes.
+    fn quantized_row_bytes(&self) -> usize {
+        (2 * self.kv_width() + 2 * self.kv_heads * size_of::<f32>()).next_multiple_of(16)
+    }
     /// Hidden state, its norm, packed q/k/v and the attention's output.
     fn row_elements(&self) -> usize {
         2 * self.hidden + self.qkv_width() + self.q_width()
@@ -82,10 +86,8 @@ impl PrefillPlan {
 
     /// Bytes of keys and values that a rank keeps until the sequence ends.
     pub fn cache_memory(&self, rank: usize, ranks: usize, new_tokens: usize, model: &Footprint) -> u64 {
-        let hosts = self.hosts_of(rank, ranks);
-        let tail = if hosts.contains(&(self.hosts.len() - 1)) { self.cache_tail(new_tokens) } else { 0 };
-        let local: usize = self.hosts[hosts].iter().map(|host| host.local.len()).sum();
-        (model.layers * model.kept_row_bytes * (local + tail).max(1)) as u64
+        let tail = if rank == self.last_rank(ranks) { self.cache_tail(new_tokens) } else { 0 };
+        (model.layers * model.kept_row_bytes * (self.local_tokens(rank, ranks) + tail).max(1)) as u64
     }
 
     /// Bytes that a rank needs until the context is through all layers, and no longer.
@@ -94,21 +96,36 @@ impl PrefillPlan {
         let kv = 2 * model.kv_width();
         let working = rows * (model.row_elements() + kv);
         let passing = kv * self.compressed();
+        let quantized = if self.passes_in_fp8() { self.compressed() * model.quantized_row_bytes() } else { 0 };
         let selection = if self.compressed() > 0 { scores(rows * model.kv_heads) } else { 0 };
         // What comes from other ranks is attended to apart, and merged by its log-sum-exps.
-        let is_ring = self.mode == AttentionMode::Ring && self.active_ranks(ranks) > 1;
+        let is_alone = self.active_ranks(ranks) == 1;
+        let is_ring = self.mode == AttentionMode::Ring && !is_alone;
         let rotating = if is_ring { 2 * kv * self.longest_rank(ranks) } else { 0 };
-        let is_apart = is_ring || (ranks > 1 && self.compressed() > 0);
+        let exchanged = match self.mode {
+            AttentionMode::Ulysses if !is_alone => self.exchanged_elements(rank, ranks, model),
+            _ => 0,
+        };
+        let is_apart = is_ring || (ranks > 1 && self.compressed() > 0 && self.execution.overlap);
         let partial = if is_apart { rows * model.q_width() } else { 0 };
         let log_sums = if is_apart { 2 * scores(rows * model.heads) } else { 0 };
-        model.activations(working + passing + rotating + partial) + log_sums + selection
+        model.activations(working + passing + rotating + exchanged + partial) + log_sums + selection + quantized as u64
+    }
+
+    /// Queries, keys and values by head: of the rank's tokens as they leave, of all tokens as they come, and what attention gives for those.
+    fn exchanged_elements(&self, rank: usize, ranks: usize, model: &Footprint) -> usize {
+        let group = model.heads / model.kv_heads;
+        let leaving = (self.local_tokens(rank, ranks) * model.kv_heads).max(1);
+        let coming = (self.context * self.kv_heads_of(rank, ranks, model.kv_heads).len()).max(1);
+        model.head_dim * (leaving * (group + 2) + coming * (2 * group + 2))
     }
 
     /// Context tokens of the rank that has most.
     fn longest_rank(&self, ranks: usize) -> usize {
-        (0..self.active_ranks(ranks))
-            .map(|rank| self.hosts[self.hosts_of(rank, ranks)].iter().map(|host| host.local.len()).sum())
-            .max()
-            .unwrap_or(0)
+        (0..self.active_ranks(ranks)).map(|rank| self.local_tokens(rank, ranks)).max().unwrap_or(0)
+    }
+
+    fn local_tokens(&self, rank: usize, ranks: usize) -> usize {
+        self.hosts_of(rank, ranks).iter().map(|host| self.hosts[*host].local.len()).sum()
     }
 }

@@ -3,6 +3,7 @@
 //! Invariant: no I/O, no model, no device; a plan follows from the numbers alone, and every token of the context is in
 //! exactly one local block.
 
+mod execution;
 mod layout;
 mod memory;
 pub mod route;
@@ -14,7 +15,8 @@ mod work;
 
 use std::ops::Range;
 
-pub use layout::RankLayout;
+pub use execution::{Execution, PassingType, Placement};
+pub use layout::{RankLayout, Run};
 pub use memory::{Footprint, QUERY_CHUNK};
 use serde::{Deserialize, Serialize};
 
@@ -26,6 +28,8 @@ pub enum AttentionMode {
     Full,
     /// Exact causal attention; key/value blocks rotate between the ranks.
     Ring,
+    /// Exact causal attention; each rank does some of the KV heads for all tokens, an all-to-all before and after.
+    Ulysses,
     /// Approximate: anchor of the first context tokens, no passing blocks.
     Star,
     /// Approximate: anchor with the query in it, and compressed passing blocks.
@@ -35,7 +39,7 @@ pub enum AttentionMode {
 impl AttentionMode {
     /// Whether the result equals that of full attention up to rounding, whatever the numbers of the plan.
     pub fn is_exact(self) -> bool {
-        matches!(self, Self::Full | Self::Ring)
+        matches!(self, Self::Full | Self::Ring | Self::Ulysses)
     }
 }
 
@@ -78,6 +82,9 @@ pub struct AttentionRequest {
     /// Whether the anchor holds the query (APB); absent: yes. An ablation.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub query_in_anchor: Option<bool>,
+    /// How the plan is carried out.
+    #[serde(default, skip_serializing_if = "Execution::is_default")]
+    pub execution: Execution,
 }
 
 /// The anchor block: `context[..head] ++ query ++ context[head..head + tail]`, at positions `0..len`.
@@ -147,12 +154,15 @@ pub struct PrefillPlan {
     pub query: usize,
     /// The hosts, in the order of their blocks; none is empty.
     pub hosts: Vec<Host>,
-    /// The anchor of every host after the first; absent for full and ring, and with one host.
+    /// The anchor of every host after the first; absent for the exact strategies, and with one host.
     pub anchor: Option<Anchor>,
     /// How compressed blocks are chosen.
     pub selector: Selector,
     /// Whether the result equals full attention's up to rounding (also an APB plan with one host).
     pub exact: bool,
+    /// How it is carried out.
+    #[serde(default)]
+    pub execution: Execution,
     /// What differs from what was asked, in words: fewer hosts, query left out of the anchor.
     pub notes: Vec<String>,
 }
@@ -166,6 +176,11 @@ impl PrefillPlan {
     /// Compressed rows of all hosts.
     pub fn compressed(&self) -> usize {
         self.compressed_before(self.hosts.len())
+    }
+
+    /// Whether compressed blocks are quantised on their way.
+    pub fn passes_in_fp8(&self) -> bool {
+        self.execution.passing_type == PassingType::Fp8 && self.compressed() > 0
     }
 
     /// The anchor's tokens, in order; nothing without an anchor.

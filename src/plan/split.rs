@@ -4,7 +4,10 @@
 
 use std::ops::Range;
 
-use super::{Anchor, AttentionMode, AttentionRequest, Capabilities, Host, PlanError, PrefillPlan, Selector, settings};
+use super::{
+    Anchor, AttentionMode, AttentionRequest, Capabilities, Host, PassingType, PlanError, PrefillPlan, Selector,
+    settings,
+};
 
 impl PrefillPlan {
     /// Cuts a context of `context` tokens, followed by a query of `query` tokens. The first `query_at` tokens of the context stand
@@ -23,7 +26,7 @@ impl PrefillPlan {
         let blocks = blocks(context, asked, &mut notes);
         let selector = selector(mode, request, capabilities, &mut notes)?;
         let anchor = match mode {
-            AttentionMode::Full | AttentionMode::Ring => None,
+            AttentionMode::Full | AttentionMode::Ring | AttentionMode::Ulysses => None,
             _ if blocks.len() == 1 => None,
             AttentionMode::Star => star_anchor(context, blocks[0].len(), request, &mut notes),
             AttentionMode::Apb => apb_anchor(context, query, query_at, blocks[0].len(), request, &mut notes),
@@ -35,7 +38,18 @@ impl PrefillPlan {
         let hosts = hosts(blocks, anchor.as_ref().map_or(0, |anchor| anchor.len), passing);
         let selector = if hosts.iter().any(|host| host.compressed > 0) { selector } else { Selector::None };
         let exact = mode.is_exact() || hosts.len() == 1;
-        Ok(Self { mode, context, query, hosts, anchor, selector, exact, notes })
+        let execution = request.execution;
+        let plan = Self { mode, context, query, hosts, anchor, selector, exact, execution, notes };
+        Ok(plan.with_passing_type_noted())
+    }
+
+    fn with_passing_type_noted(mut self) -> Self {
+        if self.passes_in_fp8() {
+            self.notes.push("passing blocks are quantised to FP8 (e4m3), which costs some exactness".to_owned());
+        } else if self.execution.passing_type == PassingType::Fp8 {
+            self.notes.push("there are no passing blocks to quantise to FP8".to_owned());
+        }
+        self
     }
 }
 
@@ -115,6 +129,7 @@ fn name(mode: AttentionMode) -> &'static str {
     match mode {
         AttentionMode::Full => "full",
         AttentionMode::Ring => "ring",
+        AttentionMode::Ulysses => "Ulysses",
         AttentionMode::Star => "star",
         AttentionMode::Apb => "APB",
     }

@@ -83,6 +83,7 @@ fn any_mode() -> impl Strategy<Value = AttentionMode> {
     prop_oneof![
         Just(AttentionMode::Full),
         Just(AttentionMode::Ring),
+        Just(AttentionMode::Ulysses),
         Just(AttentionMode::Star),
         Just(AttentionMode::Apb)
     ]
@@ -98,13 +99,23 @@ fn any_selector() -> impl Strategy<Value = Option<Selector>> {
     ]
 }
 
+fn any_execution() -> impl Strategy<Value = Execution> {
+    let placement = prop_oneof![Just(Placement::Contiguous), Just(Placement::Paired)];
+    let passing_type = prop_oneof![Just(PassingType::Native), Just(PassingType::Fp8)];
+    (placement, any::<bool>(), passing_type).prop_map(|(placement, overlap, passing_type)| Execution {
+        placement,
+        overlap,
+        passing_type,
+    })
+}
+
 prop_compose! {
     fn any_plan()(
         context in 1usize..300, query in 1usize..40, at in 0usize..300,
         mode in any_mode(), hosts in 1usize..20, anchor in prop::option::of(0usize..350), passing in prop::option::of(0usize..80),
-        selector in any_selector(), query_in_anchor in prop::option::of(any::<bool>()),
+        selector in any_selector(), query_in_anchor in prop::option::of(any::<bool>()), execution in any_execution(),
     ) -> PrefillPlan {
-        let request = AttentionRequest { selector, query_in_anchor, ..request(mode, hosts, anchor, passing) };
+        let request = AttentionRequest { selector, query_in_anchor, execution, ..request(mode, hosts, anchor, passing) };
         PrefillPlan::new(context, query, at.min(context), &request, CAPABILITIES).unwrap()
     }
 }
@@ -156,15 +167,97 @@ proptest! {
     }
 
     #[test]
-    fn ranks_share_all_hosts_in_order_and_only_the_surplus_is_idle(plan in any_plan(), ranks in 1usize..12) {
+    fn ranks_share_all_hosts_evenly_and_only_the_surplus_is_idle(plan in any_plan(), ranks in 1usize..12) {
+        let of_ranks: Vec<Vec<usize>> = (0..ranks).map(|rank| plan.hosts_of(rank, ranks)).collect();
+        let mut all = of_ranks.concat();
+        if plan.execution.placement == Placement::Contiguous {
+            prop_assert!(all.is_sorted());
+        }
+        all.sort_unstable();
+        prop_assert_eq!(all, (0..plan.hosts.len()).collect::<Vec<_>>());
+        let active = &of_ranks[..plan.active_ranks(ranks)];
+        let least = active.iter().map(Vec::len).min().unwrap();
+        prop_assert!(least > 0 && active.iter().all(|hosts| hosts.len() <= least + 1 && hosts.is_sorted()));
+        prop_assert!(of_ranks[active.len()..].iter().all(Vec::is_empty));
+        prop_assert!(of_ranks[plan.last_rank(ranks)].contains(&(plan.hosts.len() - 1)));
+    }
+
+    #[test]
+    fn paired_hosts_have_about_the_same_before_them_on_every_rank(hosts in 1usize..60, ranks in 1usize..12) {
+        let execution = Execution { placement: Placement::Paired, ..Execution::default() };
+        let request = AttentionRequest { execution, ..request(AttentionMode::Ring, hosts, None, None) };
+        let plan = PrefillPlan::new(hosts * 4, 1, 0, &request, CAPABILITIES).unwrap();
+        let seen = |rank| plan.hosts_of(rank, ranks).iter().map(|host| host + 1).sum::<usize>();
+        let work: Vec<usize> = (0..plan.active_ranks(ranks)).map(seen).collect();
+        // Ranks that have no partner for their last host differ by it; rounds that are complete differ by nothing.
+        let spread = work.iter().max().unwrap() - work.iter().min().unwrap();
+        prop_assert!(spread <= ranks, "{:?}", work);
+        if hosts.is_multiple_of(2 * ranks) {
+            prop_assert_eq!(spread, 0);
+            let pairs = hosts / ranks;
+            prop_assert_eq!(pairs == 2, (0..ranks).all(|rank| plan.hosts_of(rank, ranks) == [rank, hosts - 1 - rank]));
+        }
+    }
+
+    #[test]
+    fn a_passing_block_is_what_the_hosts_before_have_compressed(plan in any_plan(), ranks in 1usize..12) {
+        let rows = plan.compressed_rows(ranks);
+        let mut owners = vec![None; plan.compressed()];
+        for (host, rows) in rows.iter().enumerate() {
+            prop_assert_eq!(rows.len(), plan.hosts[host].compressed);
+            for row in rows.clone() {
+                prop_assert_eq!(owners[row].replace(host), None);
+            }
+        }
+        prop_assert!(owners.iter().all(Option::is_some));
+        let counts = plan.compressed_of_ranks(ranks);
+        for rank in 0..ranks {
+            let first: usize = counts[..rank].iter().sum();
+            let of_rank = plan.hosts_of(rank, ranks);
+            prop_assert!(owners[first..first + counts[rank]].iter().flatten().all(|host| of_rank.contains(host)));
+        }
+        for host in 0..plan.hosts.len() {
+            let runs = plan.passing_runs(host, &rows);
+            prop_assert!(runs.windows(2).all(|pair| pair[0].end < pair[1].start), "{:?}", runs);
+            let mut seen: Vec<usize> = runs.into_iter().flatten().filter_map(|row| owners[row]).collect();
+            seen.dedup();
+            seen.sort_unstable();
+            seen.dedup();
+            let before: Vec<usize> = (0..host).filter(|before| plan.hosts[*before].compressed > 0).collect();
+            prop_assert_eq!(seen, before);
+        }
+    }
+
+    #[test]
+    fn what_of_a_rank_is_before_a_host_are_its_first_local_rows(plan in any_plan(), ranks in 1usize..12) {
+        for layout in (0..ranks).map(|rank| plan.layout(rank, ranks)) {
+            let positions = layout.positions(&plan);
+            for host in 0..plan.hosts.len() {
+                let (before, start) = (layout.rows_before(host), plan.hosts[host].local.start as u32);
+                prop_assert_eq!(before.start, layout.local_rows().start);
+                let local = &positions[layout.local_rows()];
+                prop_assert_eq!(before.len(), local.iter().filter(|position| **position < start).count());
+            }
+            let runs = layout.runs();
+            prop_assert_eq!(runs.iter().map(|run| run.rows.len()).sum::<usize>(), layout.local_rows().len());
+            for run in &runs {
+                let rows = &positions[run.rows.clone()];
+                prop_assert!(rows.windows(2).all(|pair| pair[1] == pair[0] + 1));
+                prop_assert_eq!(rows[0] as usize, plan.hosts[run.first_host].local.start);
+            }
+        }
+    }
+
+    #[test]
+    fn every_kv_head_is_one_ranks(plan in any_plan(), ranks in 1usize..12, kv_heads in 1usize..20) {
         let mut next = 0;
         for rank in 0..ranks {
-            let hosts = plan.hosts_of(rank, ranks);
-            prop_assert_eq!(hosts.start, next);
-            prop_assert_eq!(hosts.is_empty(), rank >= plan.active_ranks(ranks));
-            next = hosts.end;
+            let heads = plan.kv_heads_of(rank, ranks, kv_heads);
+            prop_assert_eq!(heads.start, next);
+            prop_assert!(heads.len() <= kv_heads.div_ceil(plan.active_ranks(ranks)));
+            next = heads.end;
         }
-        prop_assert_eq!(next, plan.hosts.len());
+        prop_assert_eq!(next, kv_heads);
     }
 
     #[test]
@@ -185,6 +278,7 @@ proptest! {
                 prop_assert_eq!(&positions[probe], &query[..]);
             }
         }
+        seen.sort_unstable();
         prop_assert_eq!(seen, context);
     }
 
@@ -196,6 +290,34 @@ proptest! {
         // Without what a rank holds whatever the plan is: that grows with the partial results it gathers.
         let own = |rank, ranks| plan.memory_of_rank(rank, ranks, 7, &model) - model.fixed_memory(ranks, QUERY_CHUNK);
         let worst = |ranks| (0..ranks).map(|rank| own(rank, ranks)).max().unwrap();
-        prop_assert!(plan.mode == AttentionMode::Ring || worst(ranks + 1) <= worst(ranks) + model.scratch_bytes);
+        // What is exchanged comes on top of what a single rank needs, and parts of hosts that are dealt one by one may be uneven.
+        let exchanges = matches!(plan.mode, AttentionMode::Ring | AttentionMode::Ulysses);
+        prop_assert!(exchanges || worst(ranks + 1) <= worst(ranks) + model.scratch_bytes);
     }
+}
+
+#[test]
+fn fp8_is_flagged_where_something_is_passed_on_and_said_to_be_idle_elsewhere() {
+    let plan = |mode| {
+        let execution = Execution { passing_type: PassingType::Fp8, ..Execution::default() };
+        let request = AttentionRequest { execution, ..request(mode, 4, Some(4), Some(2)) };
+        PrefillPlan::new(100, 3, 0, &request, CAPABILITIES).unwrap()
+    };
+    let (apb, star) = (plan(AttentionMode::Apb), plan(AttentionMode::Star));
+    assert!(apb.passes_in_fp8() && apb.notes.iter().any(|note| note.contains("FP8 (e4m3)")), "{:?}", apb.notes);
+    let idle = star.notes.iter().any(|note| note.contains("no passing blocks to quantise"));
+    assert!(!star.passes_in_fp8() && idle, "{:?}", star.notes);
+}
+
+#[test]
+fn requests_and_plans_of_before_there_were_options_of_execution_still_parse() {
+    let request: AttentionRequest = serde_json::from_str(r#"{"mode": "apb", "hosts": 3}"#).unwrap();
+    assert_eq!(request.execution, Execution::default());
+    assert_eq!(serde_json::to_string(&request).unwrap(), r#"{"mode":"apb","hosts":3}"#);
+    let mut plan = serde_json::to_value(apb(100, 3, 0, 2, 4, 2)).unwrap();
+    plan.as_object_mut().unwrap().remove("execution").unwrap();
+    assert_eq!(serde_json::from_value::<PrefillPlan>(plan).unwrap(), apb(100, 3, 0, 2, 4, 2));
+    let partly: Execution = serde_json::from_str(r#"{"placement": "paired"}"#).unwrap();
+    assert_eq!(partly, Execution { placement: Placement::Paired, ..Execution::default() });
+    assert!(serde_json::from_str::<Execution>(r#"{"placing": "paired"}"#).is_err());
 }

@@ -19,9 +19,9 @@ impl PrefillPlan {
         let half = |rows: usize| (rows * rows) as f64 / 2.0;
         let anchor = layout.anchor.len();
         let mut pairs = half(anchor);
-        for (host, local) in layout.hosts.clone().zip(&layout.locals) {
+        for (&host, local) in layout.hosts.iter().zip(&layout.locals) {
             let before = match self.mode {
-                AttentionMode::Ring => self.hosts[host].local.start,
+                AttentionMode::Ring | AttentionMode::Ulysses => self.hosts[host].local.start,
                 _ if host > 0 => self.compressed_before(host) + anchor,
                 _ => 0,
             };

@@ -17,10 +17,9 @@ import torch.nn.functional as F
 
 SECONDS_A_KERNEL = 60
 MAX_MAPS = 96  # as in hopper.cu
-KERNELS = {  # head dimension, consumer warpgroups, keys a tile
-    "attention_hopper_128": (128, 3, 80), "attention_hopper_64": (64, 2, 128), "hopper_128_2x128_pp_lazy": (128, 2, 128),
-    "hopper_128_2x128_pp_eager": (128, 2, 128), "hopper_128_2x128_free_lazy": (128, 2, 128), "hopper_128_2x160_pp_lazy": (128, 2, 160),
-    "hopper_128_2x176_pp_lazy": (128, 2, 176), "hopper_128_3x64_pp_lazy": (128, 3, 64),
+KERNELS = {  # head dimension, consumer warpgroups, keys a tile, stages, stages of queries
+    "attention_hopper_128": (128, 3, 80, 2, 1), "attention_hopper_64": (64, 2, 128, 2, 1), "hopper_128_3x80_3_stages": (128, 3, 80, 3, 1),
+    "hopper_128_3x80_next_q": (128, 3, 80, 2, 2), "hopper_128_2x128_pp_eager": (128, 2, 128, 2, 1), "hopper_128_2x176_pp_lazy": (128, 2, 176, 2, 1),
 }
 BF16, SWIZZLE_128, PROMOTION_128 = 9, 3, 2  # of cuTensorMapEncodeTiled
 DYNAMIC_SHARED = 8  # of cuFuncSetAttribute
@@ -64,12 +63,12 @@ class Kernel:
 
     def __init__(self, cubin, name):
         torch.zeros(1, device="cuda")  # makes the context
-        self.head_dim, consumers, self.keys = KERNELS[name]
+        self.head_dim, consumers, self.keys, stages, query_stages = KERNELS[name]
         self.rows, self.threads = 64 * consumers, 128 * (consumers + 1)
         module, self.function = ctypes.c_void_p(), ctypes.c_void_p()
         call("cuModuleLoadData", ctypes.byref(module), open(cubin, "rb").read())
         call("cuModuleGetFunction", ctypes.byref(self.function), module, name.encode())
-        tiles = self.rows * self.head_dim * 2 + 4 * self.keys * self.head_dim * 2
+        tiles = query_stages * self.rows * self.head_dim * 2 + 2 * stages * self.keys * self.head_dim * 2
         self.shared_bytes = (tiles + 256 + 1023) // 1024 * 1024
         call("cuFuncSetAttribute", self.function, DYNAMIC_SHARED, self.shared_bytes)
         self.blocks = torch.cuda.get_device_properties(0).multi_processor_count

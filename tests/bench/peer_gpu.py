@@ -15,10 +15,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-def model():
+def model(attention="sdpa"):
     config = LlamaConfig(
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
-        max_position_embeddings=1 << 20, rope_theta=500000.0, tie_word_embeddings=False, attn_implementation="sdpa")
+        max_position_embeddings=1 << 20, rope_theta=500000.0, tie_word_embeddings=False, attn_implementation=attention)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         return LlamaForCausalLM(config).eval()

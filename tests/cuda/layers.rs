@@ -51,7 +51,7 @@ fn rms_norm(cuda: &Cuda) {
 }
 
 fn linear(cuda: &Cuda) {
-    for rows in [1, 2, 3, 17, 64, 129] {
+    for rows in [1, 2, 3, 8, 17, 32, 64, 129] {
         for (width, inner) in [(8, 8), (24, 264), (136, 1032), (512, 256)] {
             for (bias, accumulate) in [(false, false), (true, false), (false, true), (true, true)] {
                 let (x, w) = (Values::random(1, rows, inner, 1.0), Values::random(2, width, inner, 0.2));
@@ -75,7 +75,9 @@ fn linear(cuda: &Cuda) {
 }
 
 fn mlp(cuda: &Cuda) {
-    for (rows, hidden, width) in [(1, 64, 136), (2, 64, 136), (33, 128, 264), (4099, 32, 24)] {
+    for (rows, hidden, width) in
+        [(1, 64, 136), (2, 64, 136), (11, 72, 24), (32, 64, 136), (33, 128, 264), (4099, 32, 24)]
+    {
         let (h, x) = (Values::random(1, rows, hidden, 1.0), Values::random(2, rows, hidden, 1.0));
         let (gate_up, down) = (Values::random(3, 2 * width, hidden, 0.3), Values::random(4, hidden, width, 0.3));
         let mut out = x.matrix(cuda);

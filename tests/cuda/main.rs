@@ -9,12 +9,16 @@
 #![allow(clippy::unwrap_used)]
 
 mod attention;
+mod batch;
+mod collectives;
 mod failures;
 mod kept;
 mod layers;
 mod parity;
 mod partials;
 mod selection;
+mod several;
+mod travel;
 mod values;
 mod weights;
 
@@ -50,10 +54,12 @@ fn main() -> ExitCode {
     let device = Arc::new(Mutex::new(device.ok()));
     let on_device = [
         attention::TESTS,
+        batch::TESTS,
         kept::TESTS,
         layers::TESTS,
         partials::TESTS,
         selection::TESTS,
+        travel::TESTS,
         weights::TESTS,
         failures::TESTS,
     ];
@@ -69,6 +75,9 @@ fn main() -> ExitCode {
         };
         Trial::test(*name, run).with_ignored_flag(ignored)
     }));
+    let there_is_a_device = device.lock().unwrap().is_some();
+    trials.extend(collectives::trials(there_is_a_device));
+    trials.extend(several::trials(there_is_a_device));
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 

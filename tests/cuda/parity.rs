@@ -9,7 +9,7 @@ use apbd::engine::{
 };
 use apbd::generate::generator::Step;
 use apbd::generate::sampler::argmax;
-use apbd::plan::{AttentionMode, AttentionRequest, Selector};
+use apbd::plan::{AttentionMode, AttentionRequest, Execution, PassingType, Selector};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
@@ -34,10 +34,10 @@ const STEPS: usize = 6;
 const MEMORY_BYTES: usize = 900 << 20;
 
 /// Logits of every step; the tokens are those that the first run chose.
-struct Forced<'a> {
+pub struct Forced<'a> {
     tokens: Option<&'a [u32]>,
-    chosen: Vec<u32>,
-    logits: Vec<Vec<f32>>,
+    pub chosen: Vec<u32>,
+    pub logits: Vec<Vec<f32>>,
 }
 
 impl Driver for Forced<'_> {
@@ -54,7 +54,7 @@ impl Driver for Forced<'_> {
     }
 }
 
-fn run<'a, D: Devices>(
+pub fn run<'a, D: Devices>(
     engine: &ModelEngine<D>,
     (context, query): (&[u32], &[u32]),
     request: &AttentionRequest,
@@ -66,22 +66,27 @@ fn run<'a, D: Devices>(
     driver
 }
 
-fn requests(heads: bool) -> Vec<AttentionRequest> {
+pub fn requests(heads: bool) -> Vec<AttentionRequest> {
     let of = |mode, selector| AttentionRequest {
         mode: Some(mode),
         hosts: Some(5),
         anchor: Some(40),
         passing: Some(16),
         selector,
-        query_in_anchor: None,
+        ..AttentionRequest::default()
     };
     let mut requests = vec![
         AttentionRequest { mode: Some(AttentionMode::Full), ..AttentionRequest::default() },
         AttentionRequest { mode: Some(AttentionMode::Ring), hosts: Some(3), ..AttentionRequest::default() },
+        AttentionRequest { mode: Some(AttentionMode::Ulysses), hosts: Some(4), ..AttentionRequest::default() },
         AttentionRequest { mode: Some(AttentionMode::Star), hosts: Some(4), ..AttentionRequest::default() },
         of(AttentionMode::Apb, Some(Selector::QueryAware)),
         of(AttentionMode::Apb, Some(Selector::Random { seed: 7 })),
         of(AttentionMode::Apb, Some(Selector::None)),
+        AttentionRequest {
+            execution: Execution { passing_type: PassingType::Fp8, ..Execution::default() },
+            ..of(AttentionMode::Apb, Some(Selector::Random { seed: 7 }))
+        },
     ];
     if heads {
         requests.push(of(AttentionMode::Apb, Some(Selector::RetainingHead)));
@@ -89,7 +94,7 @@ fn requests(heads: bool) -> Vec<AttentionRequest> {
     requests
 }
 
-fn tokens(count: usize, vocab: usize, seed: u64) -> Vec<u32> {
+pub fn tokens(count: usize, vocab: usize, seed: u64) -> Vec<u32> {
     let mut random = StdRng::seed_from_u64(seed);
     (0..count).map(|_| random.random_range(0..vocab as u32)).collect()
 }

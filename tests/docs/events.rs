@@ -12,7 +12,7 @@ use apbd::job::{
 };
 use apbd::outbox::results::ResultWriter;
 use apbd::pipeline::shutdown;
-use apbd::plan::{AttentionMode, PrefillPlan, Selector};
+use apbd::plan::{AttentionMode, Execution, PrefillPlan, Selector};
 use apbd::store::{Access, AttemptReport, ClaimRequest, Door, Ending, JobState, NewJob, Reply, Store, StoreUrl, open};
 use apbd::telemetry::health::Health;
 use serde_json::{Value, json};
@@ -38,6 +38,7 @@ fn success() -> AttemptReport {
         anchor: None,
         selector: Selector::None,
         exact: true,
+        execution: Execution::default(),
         notes: Vec::new(),
     };
     let result = JobResult {

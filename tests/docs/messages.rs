@@ -153,7 +153,7 @@ fn names_of_the_table_are_those_of_the_program() {
     let table = Table::of(PAGE, "key");
     for (key, names) in [
         ("task", vec!["summarise", "extract", "ask"]),
-        ("attention.mode", vec!["auto", "full", "ring", "star", "apb"]),
+        ("attention.mode", vec!["auto", "full", "ring", "ulysses", "star", "apb"]),
         ("overflow", vec!["fail", "truncate_middle", "map_reduce"]),
     ] {
         for name in &names {

@@ -80,7 +80,7 @@ fn a_question_is_answered_from_any_directory_by_an_installed_program() {
 #[test]
 fn every_strategy_of_attention_answers() {
     let folder = folder(&[("contract.txt", &contract("KX-4821", 60))]);
-    for attention in ["full", "ring", "star", "apb"] {
+    for attention in ["full", "ring", "ulysses", "star", "apb"] {
         let place = TempDir::new().expect("a temporary directory");
         let arguments =
             ["--ask", QUESTION, "--attention", attention, "--hosts", "4", "--ranks", "2", "--format", "jsonl"];

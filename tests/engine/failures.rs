@@ -5,7 +5,7 @@ use apbd::comm::local::LocalComm;
 use apbd::engine::{self, Driver, EngineError, Job, Progress, Rank};
 use apbd::generate::generator::Generator;
 use apbd::generate::{GenerationOptions, generator::Step};
-use apbd::plan::{AttentionMode, Selector};
+use apbd::plan::{AttentionMode, Execution, PassingType, Placement, Selector};
 
 use super::instrumented::{Fault, Instrumented};
 use super::models::{GROUPED, TinyModel, cpu, distinct_tokens};
@@ -20,6 +20,7 @@ const APB: Case = Case {
     query_at: 2,
     query_in_anchor: true,
     selector: Selector::RetainingHead,
+    execution: Execution { placement: Placement::Contiguous, overlap: true, passing_type: PassingType::Native },
 };
 
 /// Runs with a fault on one of three ranks; gives the error, or the operations of that rank.
@@ -45,7 +46,7 @@ fn run_with(
 
 #[test]
 fn an_error_at_any_call_of_any_rank_ends_all_ranks_with_its_reason() {
-    for mode in [AttentionMode::Apb, AttentionMode::Ring] {
+    for mode in [AttentionMode::Apb, AttentionMode::Ring, AttentionMode::Ulysses] {
         let case = Case { mode, ..APB };
         for rank in 0..3 {
             let calls = run_with(&case, rank, None, &mut Forced::new(&[1, 2])).unwrap();

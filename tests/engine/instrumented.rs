@@ -199,6 +199,51 @@ impl Backend for Instrumented {
         self.count("copy_rows")?;
         self.inner.copy_rows(src, src_row, rows, dst, dst_row)
     }
+    fn stack_columns(
+        &self,
+        src: &Matrix,
+        src_at: (usize, usize),
+        rows: usize,
+        groups: usize,
+        dst: &mut Matrix,
+        dst_row: usize,
+    ) -> Done {
+        self.count("stack_columns")?;
+        self.inner.stack_columns(src, src_at, rows, groups, dst, dst_row)
+    }
+    fn unstack_columns(
+        &self,
+        src: &Matrix,
+        src_row: usize,
+        rows: usize,
+        groups: usize,
+        dst: &mut Matrix,
+        dst_row: usize,
+    ) -> Done {
+        self.count("unstack_columns")?;
+        self.inner.unstack_columns(src, src_row, rows, groups, dst, dst_row)
+    }
+    fn quantized_kv(&self, shape: HeadShape, rows: usize) -> Result<Matrix, BackendError> {
+        self.count("quantized_kv")?;
+        self.allocate(rows, shape.quantized_row_bytes() / 4);
+        self.inner.quantized_kv(shape, rows)
+    }
+    fn quantize_kv(
+        &self,
+        shape: HeadShape,
+        kv: KvRef<'_, Matrix>,
+        row: usize,
+        rows: usize,
+        out: &mut Matrix,
+        out_row: usize,
+    ) -> Done {
+        self.count("quantize_kv")?;
+        self.inner.quantize_kv(shape, kv, row, rows, out, out_row)
+    }
+    fn restore_kv(&self, shape: HeadShape, from: &Matrix, row: usize, rows: usize, kv: KvMut<'_, Matrix>) -> Done {
+        self.count("restore_kv")?;
+        self.inner.restore_kv(shape, from, row, rows, kv)
+    }
     fn logits(
         &self,
         x: &Matrix,

@@ -5,6 +5,7 @@
 // A test that can not be set up has failed.
 #![allow(clippy::unwrap_used)]
 
+mod batch;
 mod failures;
 mod forward;
 mod goldens;
@@ -15,3 +16,4 @@ mod oracle;
 mod runs;
 mod service;
 mod strategies;
+mod unruly;

@@ -3,7 +3,7 @@
 //! A host's sequence is `[anchor; local block; query]`, the query only where query-aware selection looks through it. Each row sees
 //! the rows before it in its own sequence and, behind the anchor, what earlier hosts passed on. Nothing is shared between hosts.
 
-use apbd::plan::{AttentionMode, Selector};
+use apbd::plan::{AttentionMode, Execution, PassingType, Selector};
 
 use super::models::{LayerTensors, Tensor, TinyModel};
 
@@ -17,6 +17,8 @@ pub struct Case {
     pub query_at: usize,
     pub query_in_anchor: bool,
     pub selector: Selector,
+    /// The oracle has no ranks: of all this it knows only the type of the passing blocks.
+    pub execution: Execution,
 }
 
 /// What the model answers.
@@ -137,13 +139,29 @@ impl Oracle<'_> {
                 for (head, scores) in scores.iter().enumerate() {
                     let (chosen, gap) = self.choose(sequence, scores);
                     margin = margin.min(gap);
-                    passed[head].extend(chosen.into_iter().map(|row| own[row].clone()));
+                    for row in chosen {
+                        let (passing, gap) = self.passed_on(&own[row], head);
+                        margin = margin.min(gap);
+                        passed[head].push(passing);
+                    }
                 }
                 layer_kept.extend_from_slice(&own[sequence.anchor..sequence.anchor + sequence.local]);
             }
             kept.push(layer_kept);
         }
         (kept, margin)
+    }
+
+    /// A row as others see it, of which they look at one KV head, and how clearly its codes are what they are.
+    fn passed_on(&self, row: &KeyValue, head: usize) -> (KeyValue, f64) {
+        let (mut passing, mut margin) = (row.clone(), f64::INFINITY);
+        if self.case.execution.passing_type == PassingType::Fp8 {
+            let dim = self.model.spec.shape.head_dim;
+            for part in [&mut passing.k, &mut passing.v] {
+                margin = margin.min(round_to_fp8(&mut part[head * dim..(head + 1) * dim]));
+            }
+        }
+        (passing, margin)
     }
 
     fn append(&self, token: u32, position: usize, kept: &mut [Vec<KeyValue>]) -> Row {
@@ -302,6 +320,26 @@ impl Oracle<'_> {
         let scale = 1.0 / (mean + f64::from(self.model.spec.epsilon)).sqrt();
         x.iter().zip(&weight.values).map(|(value, weight)| value * scale * f64::from(*weight)).collect()
     }
+}
+
+/// Rounds the elements of a head to four bits, relative to a scale of eight. Returns the least distance to where another code or scale would be
+/// taken, in tenths of the largest element; codes whose neighbour is within a thousandth of that are not counted.
+fn round_to_fp8(elements: &mut [f64]) -> f64 {
+    let largest = elements.iter().fold(0.0f64, |largest, element| largest.max(element.abs()));
+    let step_of = |value: f64, bits: i32, least: i32| 2f64.powi((value.log2().floor() as i32).max(least) - (bits - 1));
+    let unit = step_of(largest / 448.0, 8, i32::MIN / 2);
+    let units = largest / 448.0 / unit;
+    let scale = units.ceil() * unit;
+    let mut margin = 10.0 * (units - units.round()).abs() / units;
+    for element in elements {
+        let step = step_of((*element / scale).abs(), 4, -6);
+        let steps = *element / scale / step;
+        if step * scale > 1e-3 * largest {
+            margin = margin.min(10.0 * ((steps - steps.floor()) - 0.5).abs() * step * scale / largest);
+        }
+        *element = steps.round_ties_even() * step * scale;
+    }
+    margin
 }
 
 fn row(tensor: &Tensor, index: usize) -> Row {

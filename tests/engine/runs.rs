@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use apbd::backend::cpu::Cpu;
+use apbd::backend::cpu::{Cpu, Matrix, Scores};
+use apbd::comm::Comm;
 use apbd::comm::local::LocalComm;
 use apbd::engine::{self, Driver, EngineError, Job, Progress, Rank, Timing};
 use apbd::generate::generator::Step;
@@ -54,6 +55,7 @@ pub fn plan(case: &Case, context: usize, query: usize) -> PrefillPlan {
         passing: Some(case.passing),
         selector: Some(case.selector),
         query_in_anchor: Some(case.query_in_anchor),
+        execution: case.execution,
     };
     let capabilities = Capabilities { has_retaining_heads: true, max_hosts: 64 };
     PrefillPlan::new(context, query, case.query_at, &request, capabilities).unwrap()
@@ -77,9 +79,19 @@ pub fn logits(
 
 /// Runs a job on so many ranks, idle ones included.
 pub fn run(model: &TinyModel, job: &Job<'_>, ranks: usize, driver: &mut dyn Driver) -> Result<Timing, EngineError> {
-    let backends: Vec<Cpu> = (0..ranks).map(|_| cpu()).collect();
+    run_over(model, job, LocalComm::group(ranks, DEADLINE), driver)
+}
+
+/// Runs a job on ranks that are connected by these.
+pub fn run_over<C: Comm<Matrix, Scores>>(
+    model: &TinyModel,
+    job: &Job<'_>,
+    ends: Vec<C>,
+    driver: &mut dyn Driver,
+) -> Result<Timing, EngineError> {
+    let backends: Vec<Cpu> = ends.iter().map(|_| cpu()).collect();
     let weights = model.weights(&backends[0]);
     let rank = |(backend, comm)| Rank { backend, comm, weights: &weights, spec: &model.spec };
-    let ranks = backends.iter().zip(LocalComm::group(ranks, DEADLINE)).map(rank).collect();
+    let ranks = backends.iter().zip(ends).map(rank).collect();
     engine::run(ranks, job, driver)
 }

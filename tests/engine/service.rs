@@ -3,11 +3,14 @@
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
-use apbd::engine::{Engine, EngineError, HEADS_FILE, InferRequest, LocalEngine, LocalOptions, Progress};
+use apbd::engine::{Engine, EngineError, HEADS_FILE, InferRequest, Job, LocalEngine, LocalOptions, Progress};
 use apbd::generate::{GenerationOptions, StopReason};
 use apbd::model::tokenizer::Tokenizer;
-use apbd::plan::{AttentionMode, AttentionRequest, Selector};
+use apbd::plan::{AttentionMode, AttentionRequest, Execution, PassingType, Selector};
 use serde_json::json;
+
+use super::runs::Forced;
+use super::strategies::relative_error;
 
 fn fixture() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/model")
@@ -78,15 +81,49 @@ fn part_around(document: &str, answer: &str) -> String {
     lines[at.saturating_sub(40)..lines.len().min(at + 40)].join("\n")
 }
 
-#[test]
-fn a_real_document_is_answered_right_by_full_and_by_apb() {
+/// A document, and questions about it with their answers.
+fn asked_of_ownership() -> (String, Vec<serde_json::Value>) {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/documents");
     let document = std::fs::read_to_string(folder.join("ownership.md")).unwrap();
     let questions = std::fs::read_to_string(folder.join("questions.jsonl")).unwrap();
     let questions = questions.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
-    let asked = questions.filter(|asked| asked["document"] == "ownership.md" && asked["kind"] == "record").take(1);
+    (document, questions.filter(|asked| asked["document"] == "ownership.md" && asked["kind"] == "record").collect())
+}
+
+#[test]
+fn passing_blocks_in_fp8_cost_the_fixture_model_little() {
+    let (document, questions) = asked_of_ownership();
     let engine = open(LocalOptions { ranks: 2, ..LocalOptions::default() });
-    for asked in asked {
+    for asked in questions.iter().take(3) {
+        let answer = asked["answer"].as_str().unwrap();
+        let part = part_around(&document, answer);
+        let of = |mode, passing_type| {
+            let execution = Execution { passing_type, ..Execution::default() };
+            let attention = AttentionRequest { mode: Some(mode), execution, ..AttentionRequest::default() };
+            let request = question(&part, asked["question"].as_str().unwrap(), attention);
+            let (context, query) = (&request.context, &request.query);
+            let plan = engine.plan(context.len(), query.len(), request.query_at, &request.attention).unwrap();
+            let mut driver = Forced::new(&[]);
+            engine.run(&Job { context, query, plan: &plan, new_tokens: 1 }, &mut driver).unwrap();
+            (driver.logits.remove(0), engine.infer(&request, &|_| true).unwrap())
+        };
+        let (native, _) = of(AttentionMode::Apb, PassingType::Native);
+        let (fp8, outcome) = of(AttentionMode::Apb, PassingType::Fp8);
+        let (full, _) = of(AttentionMode::Full, PassingType::Native);
+        let reference: Vec<f64> = native.iter().map(|logit| f64::from(*logit)).collect();
+        let (cost, of_apb) = (relative_error(&fp8, &reference), relative_error(&full, &reference));
+        println!("{} tokens: FP8 {cost:.4}, APB against full {of_apb:.4}", outcome.plan.context);
+        assert!(cost > 0.0 && cost < 0.04, "{}: {cost}", asked["question"]);
+        assert_eq!(outcome.text, answer, "{}", asked["question"]);
+        assert!(outcome.plan.notes.iter().any(|note| note.contains("FP8")), "{:?}", outcome.plan.notes);
+    }
+}
+
+#[test]
+fn a_real_document_is_answered_right_by_full_and_by_apb() {
+    let (document, questions) = asked_of_ownership();
+    let engine = open(LocalOptions { ranks: 2, ..LocalOptions::default() });
+    for asked in questions.iter().take(1) {
         let answer = asked["answer"].as_str().unwrap();
         for mode in [AttentionMode::Full, AttentionMode::Apb] {
             let attention = AttentionRequest { mode: Some(mode), ..AttentionRequest::default() };

@@ -1,6 +1,6 @@
 //! Logits of the engine equal those of the oracle, for every way to cut a context and to spread it over ranks.
 
-use apbd::plan::{AttentionMode, Selector};
+use apbd::plan::{AttentionMode, Execution, PassingType, Placement, Selector};
 
 use proptest::prelude::*;
 
@@ -11,10 +11,23 @@ use super::runs;
 const RANKS: [usize; 5] = [1, 2, 3, 4, 8];
 const SELECTORS: [Selector; 4] =
     [Selector::RetainingHead, Selector::QueryAware, Selector::Random { seed: 5 }, Selector::None];
+/// Every way to carry a plan out that has to give the same.
+pub const EXECUTIONS: [Execution; 4] = [
+    execution(Placement::Contiguous, true),
+    execution(Placement::Contiguous, false),
+    execution(Placement::Paired, true),
+    execution(Placement::Paired, false),
+];
 /// Of the largest logit.
 const TOLERANCE: f64 = 2e-5;
+/// The same where elements are rounded to four bits on their way: some, all of them small, fall the other way in f32.
+const FP8_TOLERANCE: f64 = 5e-4;
 /// Choices that are closer than this may fall the other way in f32.
 const CLEAR_MARGIN: f64 = 1e-5;
+
+const fn execution(placement: Placement, overlap: bool) -> Execution {
+    Execution { placement, overlap, passing_type: PassingType::Native }
+}
 
 struct Tokens {
     context: Vec<u32>,
@@ -44,7 +57,10 @@ fn clear_case(variant: Variant, context: usize, query: usize, case: &Case) -> (T
 
 fn check(variant: Variant, context: usize, query: usize, case: &Case) {
     let (model, tokens, expected) = clear_case(variant, context, query, case);
-    for ranks in RANKS {
+    for (ranks, execution) in
+        RANKS.iter().flat_map(|ranks| EXECUTIONS.iter().map(move |execution| (*ranks, *execution)))
+    {
+        let case = &Case { execution, ..case.clone() };
         let got = runs::logits(&model, &tokens.context, &tokens.query, &tokens.forced, case, ranks);
         assert_eq!(got.len(), expected.len());
         for (step, (got, expected)) in got.iter().zip(&expected).enumerate() {
@@ -61,7 +77,16 @@ pub fn relative_error(got: &[f32], expected: &[f64]) -> f64 {
 }
 
 fn case(mode: AttentionMode, hosts: usize, selector: Selector) -> Case {
-    Case { mode, hosts, anchor: 13, passing: 3, query_at: 2, query_in_anchor: true, selector }
+    Case {
+        mode,
+        hosts,
+        anchor: 13,
+        passing: 3,
+        query_at: 2,
+        query_in_anchor: true,
+        selector,
+        execution: Execution::default(),
+    }
 }
 
 #[test]
@@ -78,6 +103,17 @@ fn ring_equals_full_for_every_number_of_hosts() {
         check(GROUPED, 61, 7, &case(AttentionMode::Ring, hosts, Selector::None));
     }
     check(MULTI_QUERY, 30, 4, &case(AttentionMode::Ring, 5, Selector::None));
+}
+
+#[test]
+fn ulysses_equals_full_for_every_number_of_hosts_and_of_heads() {
+    for hosts in 1..=8 {
+        check(GROUPED, 61, 7, &case(AttentionMode::Ulysses, hosts, Selector::None));
+    }
+    // Fewer heads than ranks, and more.
+    check(MULTI_QUERY, 30, 4, &case(AttentionMode::Ulysses, 5, Selector::None));
+    let many = Variant { heads: 10, kv_heads: 5, ..GROUPED };
+    check(many, 41, 4, &case(AttentionMode::Ulysses, 6, Selector::None));
 }
 
 #[test]
@@ -128,6 +164,31 @@ fn apb_without_an_anchor() {
 }
 
 #[test]
+fn passing_blocks_in_fp8_on_any_number_of_ranks() {
+    // Of two layers the first alone passes something on: one code that falls the other way does not bring others about.
+    let variant = Variant { layers: 2, ..GROUPED };
+    for (selector, hosts) in
+        [(Selector::RetainingHead, 3), (Selector::QueryAware, 6), (Selector::Random { seed: 5 }, 8)]
+    {
+        let native = case(AttentionMode::Apb, hosts, selector);
+        let fp8 = |execution| Execution { passing_type: PassingType::Fp8, ..execution };
+        let quantised = Case { execution: fp8(native.execution), ..native.clone() };
+        let (model, tokens, expected) = clear_case(variant, 93, 7, &quantised);
+        let logits =
+            |case: &Case, ranks| runs::logits(&model, &tokens.context, &tokens.query, &tokens.forced, case, ranks);
+        for (ranks, execution) in RANKS.iter().flat_map(|ranks| EXECUTIONS.map(|execution| (*ranks, fp8(execution)))) {
+            let got = logits(&Case { execution, ..native.clone() }, ranks);
+            for (step, (got, expected)) in got.iter().zip(&expected).enumerate() {
+                let error = relative_error(got, expected);
+                assert!(error < FP8_TOLERANCE, "{hosts} hosts, {ranks} ranks, {execution:?}, step {step}: {error:e}");
+            }
+        }
+        let cost = relative_error(&logits(&native, 2)[0], &expected[0]);
+        assert!(cost > 5.0 * FP8_TOLERANCE, "{hosts} hosts: the codes change the logits by {cost:e} only");
+    }
+}
+
+#[test]
 fn apb_at_its_edges() {
     let apb =
         |hosts, anchor, passing| Case { anchor, passing, ..case(AttentionMode::Apb, hosts, Selector::RetainingHead) };
@@ -159,9 +220,11 @@ fn a_query_of_several_chunks_equals_the_oracle() {
 fn the_same_number_of_ranks_gives_the_same_bits() {
     let model = TinyModel::new(GROUPED, 3);
     let tokens = Tokens::new(93, 7, 3);
-    for mode in [AttentionMode::Full, AttentionMode::Ring, AttentionMode::Star, AttentionMode::Apb] {
+    let modes =
+        [AttentionMode::Full, AttentionMode::Ring, AttentionMode::Ulysses, AttentionMode::Star, AttentionMode::Apb];
+    for (mode, execution) in modes.iter().flat_map(|mode| EXECUTIONS.iter().map(move |execution| (*mode, *execution))) {
         for ranks in RANKS {
-            let case = case(mode, 8, Selector::RetainingHead);
+            let case = Case { execution, ..case(mode, 8, Selector::RetainingHead) };
             let run = || runs::logits(&model, &tokens.context, &tokens.query, &tokens.forced, &case, ranks);
             assert_eq!(run(), run(), "{mode:?} on {ranks} ranks");
         }
@@ -190,10 +253,12 @@ fn selectors_and_anchors_change_the_result() {
 prop_compose! {
     fn any_case()(
         hosts in 1usize..10, anchor in 0usize..60, passing in 0usize..14, query_at in 0usize..10, query_in_anchor in any::<bool>(),
-        mode in prop::sample::select(vec![AttentionMode::Star, AttentionMode::Apb, AttentionMode::Apb, AttentionMode::Apb]),
-        selector in prop::sample::select(SELECTORS.to_vec()),
+        mode in prop::sample::select(vec![
+            AttentionMode::Ring, AttentionMode::Ulysses, AttentionMode::Star, AttentionMode::Apb, AttentionMode::Apb, AttentionMode::Apb,
+        ]),
+        selector in prop::sample::select(SELECTORS.to_vec()), execution in prop::sample::select(EXECUTIONS.to_vec()),
     ) -> Case {
-        Case { mode, hosts, anchor, passing, query_at, query_in_anchor, selector }
+        Case { mode, hosts, anchor, passing, query_at, query_in_anchor, selector, execution }
     }
 }
 

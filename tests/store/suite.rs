@@ -10,7 +10,7 @@ use apbd::job::{
     Digest, DocumentFacts, ErrorCode, JobError, JobId, JobMessage, JobResult, MessageLimits, OverflowHandling,
     ResultFlags, Stage, StageTimes, Task, TokenCount, WorkerId,
 };
-use apbd::plan::{AttentionMode, Host, PrefillPlan, Selector};
+use apbd::plan::{AttentionMode, Execution, Host, PrefillPlan, Selector};
 use apbd::store::{
     AttemptReport, Beat, CancelOutcome, Claim, ClaimRequest, Door, Ending, Enqueued, JobFilter, JobProgress, JobState,
     LeaseState, NewJob, Rejection, Replay, Reply, ReportView, Store,
@@ -66,6 +66,7 @@ fn result(text: &str) -> JobResult {
         anchor: None,
         selector: Selector::None,
         exact: true,
+        execution: Execution::default(),
         notes: vec!["a note".to_owned()],
     };
     let flags =

@@ -4,10 +4,12 @@
 //! unless it accumulates.
 
 mod attention;
+mod columns;
 mod linear;
 mod matrix;
 mod mlp;
 mod norm;
+mod quantized;
 mod rope;
 mod scores;
 mod select;
@@ -221,6 +223,57 @@ impl Backend for Cpu {
         let from = &src.data()[src_row * cols..(src_row + rows) * cols];
         dst.data_mut()[dst_row * cols..(dst_row + rows) * cols].copy_from_slice(from);
         Ok(())
+    }
+
+    fn stack_columns(
+        &self,
+        src: &Matrix,
+        src_at: (usize, usize),
+        rows: usize,
+        groups: usize,
+        dst: &mut Matrix,
+        dst_row: usize,
+    ) -> Result<(), BackendError> {
+        columns::stack(src, src_at, rows, groups, dst, dst_row)
+    }
+
+    fn unstack_columns(
+        &self,
+        src: &Matrix,
+        src_row: usize,
+        rows: usize,
+        groups: usize,
+        dst: &mut Matrix,
+        dst_row: usize,
+    ) -> Result<(), BackendError> {
+        columns::unstack(src, src_row, rows, groups, dst, dst_row)
+    }
+
+    fn quantized_kv(&self, shape: HeadShape, rows: usize) -> Result<Matrix, BackendError> {
+        quantized::matrix(shape, rows)
+    }
+
+    fn quantize_kv(
+        &self,
+        shape: HeadShape,
+        kv: KvRef<'_, Matrix>,
+        row: usize,
+        rows: usize,
+        out: &mut Matrix,
+        out_row: usize,
+    ) -> Result<(), BackendError> {
+        quantized::quantize(shape, kv, row, rows, out, out_row)
+    }
+
+    fn restore_kv(
+        &self,
+        shape: HeadShape,
+        from: &Matrix,
+        row: usize,
+        rows: usize,
+        kv: KvMut<'_, Matrix>,
+    ) -> Result<(), BackendError> {
+        quantized::restore(shape, from, row, rows, kv)
     }
 
     fn logits(

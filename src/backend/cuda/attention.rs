@@ -1,85 +1,48 @@
-//! Attention: which kernel takes a task, and its launch.
+//! Attention: a call's tasks by the kernels that take them, and their launches.
 //!
 //! On Hopper, tasks of many queries go to the warpgroup kernel; elsewhere, and for other head sizes, to the mma.sync one. Few queries over many keys
 //! split the keys between blocks and combine the partial results.
-//! Invariant: kernels are launched on checked shapes only.
+//! Invariant: kernels are launched on checked shapes only; how a decode's keys are split follows from that task alone, so that its result does not hang on
+//! what else is in the call.
 #![allow(unsafe_code)]
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::arena::{Arena, Piece};
-use super::attention_plan::{Tiling, WorkList};
+use super::attention_kernels::{AttentionPath, Family, Kernel, Kernels, check_head_dim};
+use super::attention_plan::{Splitting, Tiling, WorkList};
 use super::driver::{Function, Stream, TensorMap, parameters};
 use super::kept::restored;
-use super::matrix::{CudaMatrix, CudaScores, require};
+use super::matrix::{CudaMatrix, CudaScores, Fp8Scales, require};
 use super::modules::Modules;
 use crate::backend::{AttentionTask, BackendError, HeadShape, KvRef};
 
-const OP: &str = "attention";
-/// Sizes of a head there are kernels for.
-const HEAD_DIMS: [usize; 4] = [16, 32, 64, 128];
+pub(super) const OP: &str = "attention";
 /// As in kernels/attention/hopper.cu.
 const MAX_MAPS: usize = 96;
 /// As in kernels/attention/sources.h.
 const MAX_SOURCES: usize = 64;
-/// Queries from which on a task is worth Hopper's tiles of 128.
-const HOPPER_QUERIES: usize = 128;
-/// Packed rows (queries times heads of a group) of a decode row tile.
-const DECODE_ROWS: usize = 16;
-/// Packed rows up to which a task is a chunk of queries, with tiles of 64 rows.
-const CHUNK_ROWS: usize = 512;
 /// Work lists that are kept: one layer's are the next one's.
 const KEPT_LISTS: usize = 8;
 
-/// The families of kernels.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-enum Family {
-    Hopper,
-    Mma,
-    Chunk,
-    Decode,
-    DecodeFp8,
-}
-
-/// A kernel for a head size.
-struct Kernel {
-    function: Function,
-    rows: usize,
-    keys: usize,
-    threads: usize,
-    /// Blocks of it that a multiprocessor holds.
-    resident: usize,
-    /// Key tiles of a split piece at least.
-    least_tiles: usize,
-}
-
-/// Which kernels a backend may use for tasks of many queries.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum AttentionPath {
-    /// The fastest the device has.
-    #[default]
-    Fastest,
-    /// The ones for every architecture.
-    Portable,
-}
-
-/// The attention kernels of a device.
+/// Attention on a device.
 pub(super) struct Attention {
-    hopper: Vec<(usize, Kernel)>,
-    mma: Vec<(usize, Kernel)>,
-    chunk: Vec<(usize, Kernel)>,
-    decode: Vec<(usize, Kernel)>,
-    decode_fp8: Vec<(usize, Kernel)>,
+    kernels: Kernels,
     restore_fp8: Function,
     combine: Function,
     multiprocessors: usize,
     lists: Mutex<Vec<(ListKey, Arc<DeviceList>)>>,
 }
 
-#[derive(PartialEq, Eq)]
 struct ListKey {
     tasks: Vec<AttentionTask>,
     tiling: Tiling,
+}
+
+impl ListKey {
+    fn is_of(&self, tasks: &[&AttentionTask], tiling: &Tiling) -> bool {
+        self.tiling == *tiling && self.tasks.len() == tasks.len() && self.tasks.iter().eq(tasks.iter().copied())
+    }
 }
 
 /// A work list in device memory, and what of it the host needs.
@@ -92,6 +55,8 @@ struct DeviceList {
     merges: usize,
     slots: usize,
     maps: Vec<(usize, usize, usize)>,
+    /// Packed rows of a row tile that has any to combine, at most.
+    merged_rows: usize,
 }
 
 /// `Shape` of plan.h.
@@ -119,8 +84,8 @@ struct SourceAddresses {
 struct Fp8SourceAddresses {
     k: [u64; MAX_SOURCES],
     v: [u64; MAX_SOURCES],
-    k_factors: [u64; MAX_SOURCES],
-    v_factors: [u64; MAX_SOURCES],
+    k_scales: [u64; MAX_SOURCES],
+    v_scales: [u64; MAX_SOURCES],
     rows: [i32; MAX_SOURCES],
 }
 
@@ -153,16 +118,8 @@ pub(super) struct Call<'a> {
 impl Attention {
     /// Looks the kernels up.
     pub fn new(modules: &Modules, multiprocessors: usize, path: AttentionPath) -> Result<Self, BackendError> {
-        let with_hopper = path == AttentionPath::Fastest && modules.has("attention/hopper");
-        let family = |dims: &[usize], make: &dyn Fn(usize) -> Result<Kernel, BackendError>| {
-            dims.iter().map(|&dim| Ok((dim, make(dim)?))).collect::<Result<Vec<_>, BackendError>>()
-        };
         Ok(Self {
-            hopper: family(if with_hopper { &HEAD_DIMS[2..] } else { &[] }, &|dim| hopper_kernel(modules, dim))?,
-            mma: family(&HEAD_DIMS, &|dim| mma_kernel(modules, dim, Family::Mma))?,
-            chunk: family(&HEAD_DIMS, &|dim| mma_kernel(modules, dim, Family::Chunk))?,
-            decode: family(&HEAD_DIMS, &|dim| decode_kernel(modules, dim))?,
-            decode_fp8: family(&HEAD_DIMS, &|dim| decode_fp8_kernel(modules, dim))?,
+            kernels: Kernels::new(modules, path)?,
             restore_fp8: modules.function("kv_fp8", "restore_fp8", 0)?,
             combine: modules.function("attention/combine", "attention_combine", 0)?,
             multiprocessors,
@@ -183,13 +140,29 @@ impl Attention {
             return self.run_fp8(stream, arena, call, tasks);
         }
         for family in [Family::Hopper, Family::Mma, Family::Chunk, Family::Decode] {
-            let of_family =
-                tasks.iter().filter(|task| !task.queries.is_empty() && self.family(call.shape, task) == family);
-            for batch in batches(of_family) {
-                self.launch(stream, arena, call, family, &batch)?;
-            }
+            let belongs =
+                |task: &&AttentionTask| !task.queries.is_empty() && self.kernels.family(call.shape, task) == family;
+            self.launch_all(stream, arena, call, family, tasks.iter().filter(belongs).collect())?;
         }
         Ok(())
+    }
+
+    /// Issues tasks of a family: in one launch, unless they have more key/value ranges than there are tensor maps.
+    fn launch_all(
+        &self,
+        stream: &Stream,
+        arena: &Arc<Arena>,
+        call: &Call<'_>,
+        family: Family,
+        tasks: Vec<&AttentionTask>,
+    ) -> Result<(), BackendError> {
+        match family {
+            _ if tasks.is_empty() => Ok(()),
+            Family::Hopper => {
+                batches(tasks).iter().try_for_each(|batch| self.launch(stream, arena, call, family, batch))
+            }
+            _ => self.launch(stream, arena, call, family, &tasks),
+        }
     }
 
     /// Over keys and values in FP8: decode reads them as they are, everything else has them restored.
@@ -201,11 +174,8 @@ impl Attention {
         tasks: &[AttentionTask],
     ) -> Result<(), BackendError> {
         let asked = tasks.iter().filter(|task| !task.queries.is_empty());
-        let (decoding, others): (Vec<_>, Vec<_>) =
-            asked.partition(|task| self.family(call.shape, task) == Family::Decode);
-        for batch in batches(decoding.into_iter()) {
-            self.launch(stream, arena, call, Family::DecodeFp8, &batch)?;
-        }
+        let (decoding, others): (Vec<_>, Vec<_>) = asked.partition(|task| self.kernels.reads_fp8(call.shape, task));
+        self.launch_all(stream, arena, call, Family::DecodeFp8, decoding)?;
         if others.is_empty() {
             return Ok(());
         }
@@ -223,43 +193,9 @@ impl Attention {
         self.run(stream, arena, &Call { sources: &sources, ..*call }, &others)
     }
 
-    /// Bytes that the partial results of a call take at most: keys are split only as far as there are blocks to take the pieces.
+    /// Bytes that the partial results of a call take at most.
     pub fn most_partial_bytes(&self, head_dim: usize) -> usize {
-        let families = [&self.mma, &self.chunk, &self.decode, &self.decode_fp8];
-        let kernels = families.into_iter().flatten().filter(|(dim, _)| *dim == head_dim);
-        let bytes =
-            kernels.map(|(_, kernel)| self.multiprocessors * kernel.resident * kernel.rows * (head_dim + 1) * 4);
-        bytes.max().unwrap_or(0)
-    }
-
-    fn family(&self, shape: HeadShape, task: &AttentionTask) -> Family {
-        let packed = task.queries.len() * shape.group();
-        let has_hopper = self.hopper.iter().any(|(dim, _)| *dim == shape.head_dim);
-        if has_hopper && task.queries.len() >= HOPPER_QUERIES {
-            Family::Hopper
-        } else if packed <= DECODE_ROWS {
-            Family::Decode
-        } else if packed <= CHUNK_ROWS {
-            Family::Chunk
-        } else {
-            Family::Mma
-        }
-    }
-
-    fn kernel(&self, family: Family, head_dim: usize) -> Result<&Kernel, BackendError> {
-        let of_family = match family {
-            Family::Hopper => &self.hopper,
-            Family::Mma => &self.mma,
-            Family::Chunk => &self.chunk,
-            Family::Decode => &self.decode,
-            Family::DecodeFp8 => &self.decode_fp8,
-        };
-        let found = of_family.iter().find(|(dim, _)| *dim == head_dim).map(|(_, kernel)| kernel);
-        found.ok_or_else(|| BackendError::Shape {
-            op: OP,
-            expected: format!("head_dim of {HEAD_DIMS:?}"),
-            got: head_dim.to_string(),
-        })
+        self.kernels.most_partial_bytes(head_dim, self.multiprocessors)
     }
 
     fn launch(
@@ -268,9 +204,9 @@ impl Attention {
         arena: &Arc<Arena>,
         call: &Call<'_>,
         family: Family,
-        tasks: &[AttentionTask],
+        tasks: &[&AttentionTask],
     ) -> Result<(), BackendError> {
-        let kernel = self.kernel(family, call.shape.head_dim)?;
+        let kernel = self.kernels.get(family, call.shape.head_dim)?;
         let tiling = self.tiling(kernel, family, call.shape);
         let list = self.list(stream, arena, tasks, &tiling)?;
         if family == Family::Hopper {
@@ -296,7 +232,7 @@ impl Attention {
             stream.launch(&kernel.function, grid, kernel.threads, parameters)
         }?;
         let (merges, rows, head_dim) = (list.merges_at, kernel.rows as i32, call.shape.head_dim as i32);
-        let grid = (list.merges, call.shape.kv_heads, kernel.rows);
+        let grid = (list.merges, call.shape.kv_heads, list.merged_rows);
         let threads = (call.shape.head_dim / 2).next_multiple_of(32);
         // SAFETY: (1) parameters as in combine.cu; (2) as above.
         unsafe { stream.launch(&self.combine, grid, threads, parameters![shape, plan, merges, rows, head_dim, output]) }
@@ -329,11 +265,13 @@ impl Attention {
     }
 
     fn tiling(&self, kernel: &Kernel, family: Family, shape: HeadShape) -> Tiling {
-        let (group, wanted_pieces) = match family {
-            Family::Hopper => (1, 0),
-            _ => (shape.group(), self.multiprocessors * kernel.resident / shape.kv_heads),
+        let blocks = self.multiprocessors * kernel.resident / shape.kv_heads;
+        let (group, splitting) = match family {
+            Family::Hopper => (1, Splitting::Never),
+            Family::Mma | Family::Chunk => (shape.group(), Splitting::Together(blocks)),
+            Family::Decode | Family::DecodeFp8 => (shape.group(), Splitting::Alone(blocks)),
         };
-        Tiling { rows: kernel.rows, keys: kernel.keys, group, wanted_pieces, least_tiles: kernel.least_tiles }
+        Tiling { rows: kernel.rows, keys: kernel.keys, group, splitting, least_tiles: kernel.least_tiles }
     }
 
     /// The work list of these tasks, from an earlier call if it was the same.
@@ -341,100 +279,29 @@ impl Attention {
         &self,
         stream: &Stream,
         arena: &Arc<Arena>,
-        tasks: &[AttentionTask],
+        tasks: &[&AttentionTask],
         tiling: &Tiling,
     ) -> Result<Arc<DeviceList>, BackendError> {
         let mut lists = self.lists.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(at) = lists.iter().position(|(key, _)| key.tiling == *tiling && key.tasks == tasks) {
+        if let Some(at) = lists.iter().position(|(key, _)| key.is_of(tasks, tiling)) {
             let found = lists.remove(at);
             let list = found.1.clone();
             lists.push(found);
             return Ok(list);
         }
-        let list = Arc::new(DeviceList::upload(stream, arena, &WorkList::new(tasks, tiling))?);
+        let list = Arc::new(DeviceList::upload(stream, arena, &WorkList::new(tasks.iter().copied(), tiling))?);
         if lists.len() == KEPT_LISTS {
             lists.remove(0);
         }
-        lists.push((ListKey { tasks: tasks.to_vec(), tiling: *tiling }, list.clone()));
+        lists
+            .push((ListKey { tasks: tasks.iter().map(|&task| task.clone()).collect(), tiling: *tiling }, list.clone()));
         Ok(list)
     }
 }
 
-fn hopper_kernel(modules: &Modules, head_dim: usize) -> Result<Kernel, BackendError> {
-    let stages = 2;
-    let (name, rows, keys) = match head_dim {
-        128 => ("attention_hopper_128", 192, 80),
-        _ => ("attention_hopper_64", 128, 128),
-    };
-    // Query tile, rings of keys and values, barriers.
-    let shared = rows * head_dim * 2 + 2 * stages * keys * head_dim * 2 + 1024;
-    let function = modules.function("attention/hopper", name, shared)?;
-    // A warpgroup for every 64 rows, and the producer's.
-    Ok(Kernel { function, rows, keys, threads: 128 * (rows / 64 + 1), resident: 1, least_tiles: 1 })
-}
-
-fn mma_kernel(modules: &Modules, head_dim: usize, family: Family) -> Result<Kernel, BackendError> {
-    let (prefix, rows) = if family == Family::Mma { ("mma", 128) } else { ("chunk", 64) };
-    let keys = 64;
-    let name = match (prefix, head_dim) {
-        ("mma", 128) => "attention_mma_128",
-        ("mma", 64) => "attention_mma_64",
-        ("mma", 32) => "attention_mma_32",
-        ("mma", _) => "attention_mma_16",
-        (_, 128) => "attention_chunk_128",
-        (_, 64) => "attention_chunk_64",
-        (_, 32) => "attention_chunk_32",
-        _ => "attention_chunk_16",
-    };
-    let function = modules.function("attention/mma", name, (rows + 4 * keys) * head_dim * 2)?;
-    Ok(Kernel { function, rows, keys, threads: 128, resident: 2, least_tiles: 4 })
-}
-
-fn decode_kernel(modules: &Modules, head_dim: usize) -> Result<Kernel, BackendError> {
-    let (warps, keys, stages) = (4, 32, 2);
-    let name = match head_dim {
-        128 => "attention_decode_128",
-        64 => "attention_decode_64",
-        32 => "attention_decode_32",
-        _ => "attention_decode_16",
-    };
-    let shared = (DECODE_ROWS + warps * stages * 2 * keys) * head_dim * 2;
-    let function = modules.function("attention/decode", name, shared)?;
-    Ok(Kernel {
-        function,
-        rows: DECODE_ROWS,
-        keys,
-        threads: 32 * warps,
-        resident: 128 / head_dim,
-        least_tiles: 2 * warps,
-    })
-}
-
-fn decode_fp8_kernel(modules: &Modules, head_dim: usize) -> Result<Kernel, BackendError> {
-    let (warps, keys, stages) = (4, 32, 2);
-    let name = match head_dim {
-        128 => "attention_decode_fp8_128",
-        64 => "attention_decode_fp8_64",
-        32 => "attention_decode_fp8_32",
-        _ => "attention_decode_fp8_16",
-    };
-    // Codes and factors of keys and values in every stage, and a tile in bf16.
-    let ring = stages * 2 * keys * (head_dim + 4) + keys * head_dim * 2;
-    let function = modules.function("attention/decode", name, DECODE_ROWS * head_dim * 2 + warps * ring)?;
-    Ok(Kernel {
-        function,
-        rows: DECODE_ROWS,
-        keys,
-        threads: 32 * warps,
-        // Decoding takes its time: twice the warps of bf16 hide it.
-        resident: 256 / head_dim,
-        least_tiles: 2 * warps,
-    })
-}
-
-/// Tasks that fit into one launch: distinct key/value ranges are as many as there are tensor maps at most, and so are sources.
-fn batches<'a>(tasks: impl Iterator<Item = &'a AttentionTask>) -> Vec<Vec<AttentionTask>> {
-    let mut batches: Vec<Vec<AttentionTask>> = Vec::new();
+/// Tasks that fit into one launch of Hopper's kernel: distinct key/value ranges are as many as there are tensor maps at most.
+fn batches(tasks: Vec<&AttentionTask>) -> Vec<Vec<&AttentionTask>> {
+    let mut batches: Vec<Vec<&AttentionTask>> = Vec::new();
     let mut ranges = std::collections::HashSet::new();
     for task in tasks {
         let own = || task.segments.iter().map(|segment| (segment.source, segment.rows.clone()));
@@ -444,7 +311,7 @@ fn batches<'a>(tasks: impl Iterator<Item = &'a AttentionTask>) -> Vec<Vec<Attent
             ranges.clear();
         }
         ranges.extend(own());
-        batches.last_mut().expect("one was just pushed if there was none").push(task.clone());
+        batches.last_mut().expect("one was just pushed if there was none").push(task);
     }
     batches
 }
@@ -453,7 +320,7 @@ fn check(call: &Call<'_>, tasks: &[AttentionTask]) -> Result<(), BackendError> {
     let HeadShape { heads, kv_heads, head_dim } = call.shape;
     let even = kv_heads > 0 && heads > 0 && heads % kv_heads == 0;
     require(OP, even, "heads a multiple of KV heads, neither empty", format!("{:?}", call.shape))?;
-    require(OP, HEAD_DIMS.contains(&head_dim), &format!("head_dim of {HEAD_DIMS:?}"), head_dim)?;
+    check_head_dim(head_dim)?;
     let queries = tasks.iter().map(|task| task.queries.end).max().unwrap_or(0);
     let wide_enough = call.q.rows >= queries && call.q.cols >= call.shape.q_width() && call.q.cols.is_multiple_of(8);
     let q_got = format!("[{}, {}]", call.q.rows, call.q.cols);
@@ -508,11 +375,10 @@ impl Call<'_> {
         }
         let none = [0; MAX_SOURCES];
         let mut addresses =
-            Fp8SourceAddresses { k: none, v: none, k_factors: none, v_factors: none, rows: [0; MAX_SOURCES] };
+            Fp8SourceAddresses { k: none, v: none, k_scales: none, v_scales: none, rows: [0; MAX_SOURCES] };
         for (i, KvRef { k, v }) in self.sources.iter().enumerate() {
-            let factors = |matrix: &CudaMatrix| matrix.fp8.as_ref().map_or(0, |factors| factors.piece.address());
             (addresses.k[i], addresses.v[i]) = (k.piece.address(), v.piece.address());
-            (addresses.k_factors[i], addresses.v_factors[i]) = (factors(k), factors(v));
+            (addresses.k_scales[i], addresses.v_scales[i]) = (Fp8Scales::address_of(k), Fp8Scales::address_of(v));
             addresses.rows[i] = k.rows as i32;
         }
         Some(Box::new(addresses))
@@ -578,6 +444,7 @@ impl DeviceList {
             merges: list.merges.len(),
             slots: list.slots,
             maps: list.maps.clone(),
+            merged_rows: list.merged_rows,
             piece,
         })
     }

@@ -15,10 +15,20 @@ pub(super) struct Tiling {
     pub keys: usize,
     /// Query heads packed into a row tile.
     pub group: usize,
-    /// Pieces that keep the device busy; keys are split up to this number, if there are fewer row tiles. 0: never.
-    pub wanted_pieces: usize,
+    /// How far a row tile's keys are split.
+    pub splitting: Splitting,
     /// Key tiles of a piece at least, where keys are split.
     pub least_tiles: usize,
+}
+
+/// Into how many pieces keys are split.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Splitting {
+    Never,
+    /// All row tiles into so many pieces, which keep the device busy, if there are fewer row tiles.
+    Together(usize),
+    /// Each row tile into so many, whatever others there are: its result hangs on its own keys alone.
+    Alone(usize),
 }
 
 /// Records of a launch, as words; see `Task`, `Segment`, `Work` and `Merge` in plan.h.
@@ -30,6 +40,8 @@ pub(super) struct WorkList {
     pub merges: Vec<[i32; 4]>,
     /// Partial results.
     pub slots: usize,
+    /// Packed rows at most of a row tile whose keys are split.
+    pub merged_rows: usize,
     /// Distinct key/value ranges, in the order of their numbers: `(source, first row, rows)`.
     pub maps: Vec<(usize, usize, usize)>,
 }
@@ -38,6 +50,7 @@ pub(super) struct WorkList {
 struct RowTile {
     task: usize,
     first_row: usize,
+    rows: usize,
     tiles: usize,
 }
 
@@ -54,8 +67,12 @@ impl WorkList {
             row_tiles.extend(row_tiles_of(list.tasks.len() - 1, task, tiling));
             longest.push(row_tiles[first..].iter().map(|row_tile| row_tile.tiles).max().unwrap_or(0));
         }
-        let most = tiles_of_a_piece(&row_tiles, tiling);
+        let together = tiles_of_a_piece(&row_tiles, tiling);
         for row_tile in &row_tiles {
+            let most = match tiling.splitting {
+                Splitting::Alone(_) => tiles_of_a_piece(std::slice::from_ref(row_tile), tiling),
+                _ => together,
+            };
             list.split(row_tile, most);
         }
         list.works.sort_by_key(|&[task, _, _, tiles, _]| (Reverse(longest[task as usize]), task, Reverse(tiles)));
@@ -78,7 +95,7 @@ impl WorkList {
     }
 
     fn split(&mut self, row_tile: &RowTile, most: usize) {
-        let &RowTile { task, first_row, tiles } = row_tile;
+        let &RowTile { task, first_row, rows, tiles } = row_tile;
         let pieces = tiles.div_ceil(most).max(1);
         if pieces == 1 {
             self.works.push([word(task), word(first_row), 0, word(tiles), -1]);
@@ -90,6 +107,7 @@ impl WorkList {
         }
         self.merges.push([task, first_row, self.slots, pieces].map(word));
         self.slots += pieces;
+        self.merged_rows = self.merged_rows.max(rows);
     }
 }
 
@@ -111,20 +129,24 @@ fn row_tiles_of(index: usize, task: &AttentionTask, tiling: &Tiling) -> impl Ite
     (0..queries * tiling.group).step_by(tiling.rows).map(move |first_row| {
         let last = ((first_row + tiling.rows - 1) / tiling.group).min(queries - 1);
         let seen = task.segments.iter().map(|s| visible(s.rows.len(), s.mask, queries, last).div_ceil(tiling.keys));
-        RowTile { task: index, first_row, tiles: seen.sum() }
+        let rows = tiling.rows.min(queries * tiling.group - first_row);
+        RowTile { task: index, first_row, rows, tiles: seen.sum() }
     })
 }
 
 /// Key tiles of a piece at most: as few as give all the pieces that are wanted, and not one more, since a piece too many is a second wave.
 fn tiles_of_a_piece(row_tiles: &[RowTile], tiling: &Tiling) -> usize {
+    let (Splitting::Together(wanted) | Splitting::Alone(wanted)) = tiling.splitting else {
+        return usize::MAX;
+    };
     let longest = row_tiles.iter().map(|row_tile| row_tile.tiles).max().unwrap_or(0).max(1);
     let pieces = |most: usize| row_tiles.iter().map(|row_tile| row_tile.tiles.div_ceil(most).max(1)).sum::<usize>();
-    if tiling.wanted_pieces <= row_tiles.len() {
+    if wanted <= row_tiles.len() {
         return longest;
     }
     let total: usize = row_tiles.iter().map(|row_tile| row_tile.tiles).sum();
-    let mut most = total.div_ceil(tiling.wanted_pieces).max(tiling.least_tiles);
-    while most < longest && pieces(most) > tiling.wanted_pieces {
+    let mut most = total.div_ceil(wanted).max(tiling.least_tiles);
+    while most < longest && pieces(most) > wanted {
         most += most.div_ceil(64);
     }
     most.min(longest)
@@ -152,9 +174,13 @@ mod tests {
     }
 
     fn tiling() -> impl Strategy<Value = Tiling> {
-        (prop_oneof![Just(16usize), Just(64), Just(128)], 1..5usize, 0..300usize, 1..9usize).prop_map(
-            |(rows, group, wanted_pieces, least_tiles)| Tiling { rows, keys: 32, group, wanted_pieces, least_tiles },
-        )
+        let splitting = prop_oneof![
+            Just(Splitting::Never),
+            (0..300usize).prop_map(Splitting::Together),
+            (0..40usize).prop_map(Splitting::Alone)
+        ];
+        (prop_oneof![Just(16usize), Just(64), Just(128)], 1..5usize, splitting, 1..9usize)
+            .prop_map(|(rows, group, splitting, least_tiles)| Tiling { rows, keys: 32, group, splitting, least_tiles })
     }
 
     proptest! {
@@ -187,7 +213,27 @@ mod tests {
         fn there_are_no_more_pieces_than_wanted_or_than_row_tiles(tasks in tasks(), tiling in tiling()) {
             let list = WorkList::new(&tasks, &tiling);
             let row_tiles: usize = tasks.iter().enumerate().map(|(i, task)| row_tiles_of(i, task, &tiling).count()).sum();
-            prop_assert!(list.works.len() <= tiling.wanted_pieces.max(row_tiles));
+            let most = match tiling.splitting {
+                Splitting::Never => row_tiles,
+                Splitting::Together(wanted) => wanted.max(row_tiles),
+                Splitting::Alone(wanted) => wanted.max(1) * row_tiles,
+            };
+            prop_assert!(list.works.len() <= most);
+        }
+
+        #[test]
+        fn a_task_that_is_split_alone_is_split_the_same_among_others(tasks in tasks(), wanted in 0..40usize) {
+            let tiling = Tiling { rows: 16, keys: 32, group: 4, splitting: Splitting::Alone(wanted), least_tiles: 2 };
+            let among_others = WorkList::new(&tasks, &tiling);
+            for (index, task) in tasks.iter().enumerate() {
+                let pieces = |list: &WorkList, of: usize| {
+                    let own = list.works.iter().filter(|work| work[0] == word(of));
+                    let mut own: Vec<_> = own.map(|&[_, row, first, tiles, _]| (row, first, tiles)).collect();
+                    own.sort_unstable();
+                    own
+                };
+                prop_assert_eq!(pieces(&among_others, index), pieces(&WorkList::new([task], &tiling), 0));
+            }
         }
     }
 
@@ -195,8 +241,10 @@ mod tests {
     fn a_long_cache_is_split_over_the_whole_device() {
         let task =
             AttentionTask { queries: 0..1, segments: vec![Segment { source: 0, rows: 0..131072, mask: Mask::Full }] };
-        let tiling = Tiling { rows: 16, keys: 32, group: 4, wanted_pieces: 16, least_tiles: 8 };
-        let list = WorkList::new([&task], &tiling);
-        assert_eq!((list.works.len(), list.slots, list.merges.len()), (16, 16, 1));
+        for splitting in [Splitting::Together(16), Splitting::Alone(16)] {
+            let tiling = Tiling { rows: 16, keys: 32, group: 4, splitting, least_tiles: 8 };
+            let list = WorkList::new([&task], &tiling);
+            assert_eq!((list.works.len(), list.slots, list.merges.len(), list.merged_rows), (16, 16, 1, 4));
+        }
     }
 }

@@ -46,12 +46,7 @@ impl Context {
     /// Opens the `ordinal`-th device. `Unavailable` says what is missing: the driver, its initialisation, the device.
     pub fn open(ordinal: usize) -> Result<Arc<Self>, BackendError> {
         let unavailable = |what: String| BackendError::Unavailable(format!("cuda:{ordinal}: {what}"));
-        // SAFETY: (1) looking for a library runs its constructors only; libcuda's are harmless.
-        if !unsafe { sys::is_culib_present() } {
-            return Err(unavailable("this machine has no NVIDIA driver (libcuda.so was not found)".into()));
-        }
-        result::init().map_err(|e| unavailable(format!("the NVIDIA driver does not start: {e:?}")))?;
-        check_driver_version().map_err(unavailable)?;
+        start_driver().map_err(unavailable)?;
         let count = result::device::get_count().map_err(failed("open"))?;
         let index = i32::try_from(ordinal).unwrap_or(i32::MAX);
         if index >= count {
@@ -124,8 +119,34 @@ impl Drop for Context {
     }
 }
 
-/// The kernels and cuBLASLt are of CUDA 13.0.
-fn check_driver_version() -> Result<(), String> {
+/// How fast the link from one device to another is: 0 is the fastest there is, absent is none at all.
+pub(super) fn link(from: usize, to: usize) -> Result<Option<u32>, BackendError> {
+    use sys::CUdevice_P2PAttribute as Attribute;
+    let device = |ordinal: usize| {
+        result::device::get(i32::try_from(ordinal).unwrap_or(i32::MAX)).map_err(failed("links between devices"))
+    };
+    let (from, to) = (device(from)?, device(to)?);
+    let ask = |which| {
+        let mut value = 0;
+        // SAFETY: (1) both devices came from the driver; (2) the out-pointer is valid.
+        unsafe { sys::cuDeviceGetP2PAttribute(&mut value, which, from, to) }
+            .result()
+            .map_err(failed("links between devices"))
+            .map(|()| value)
+    };
+    if ask(Attribute::CU_DEVICE_P2P_ATTRIBUTE_ACCESS_SUPPORTED)? == 0 {
+        return Ok(None);
+    }
+    Ok(Some(ask(Attribute::CU_DEVICE_P2P_ATTRIBUTE_PERFORMANCE_RANK)?.unsigned_abs()))
+}
+
+/// Finds and initialises the driver; more than once does no harm. The kernels and cuBLASLt are of CUDA 13.0.
+pub(super) fn start_driver() -> Result<(), String> {
+    // SAFETY: (1) looking for a library runs its constructors only; libcuda's are harmless.
+    if !unsafe { sys::is_culib_present() } {
+        return Err("this machine has no NVIDIA driver (libcuda.so was not found)".to_owned());
+    }
+    result::init().map_err(|e| format!("the NVIDIA driver does not start: {e:?}"))?;
     let mut version = 0;
     // SAFETY: (1) the out-pointer is valid.
     unsafe { sys::cuDriverGetVersion(&mut version) }
@@ -159,10 +180,15 @@ impl Module {
         // SAFETY: (1) the module is loaded.
         let raw = unsafe { result::module::get_function(self.raw, c_name) }.map_err(failed(name))?;
         if shared_bytes > 48 << 10 {
-            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            // SAFETY: (1) the function belongs to a loaded module.
-            unsafe { result::function::set_function_attribute(raw, attribute, shared_bytes as i32) }
-                .map_err(failed(name))?;
+            use sys::CUfunction_attribute as Attribute;
+            // All of a multiprocessor's shared memory, so that it holds as many blocks as fit; kernels that need less run beside them as it is.
+            for (attribute, value) in [
+                (Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes as i32),
+                (Attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
+            ] {
+                // SAFETY: (1) the function belongs to a loaded module.
+                unsafe { result::function::set_function_attribute(raw, attribute, value) }.map_err(failed(name))?;
+            }
         }
         Ok(Function { raw, name, shared_bytes: shared_bytes as u32, overlaps: false })
     }
@@ -314,6 +340,14 @@ impl Stream {
         unsafe { result::memset_d8_async(at, value, bytes, self.raw) }.map_err(failed(op))
     }
 
+    /// What is issued from here on comes after `event`, which may be of another stream.
+    pub fn wait(&self, event: &Event) -> Result<(), BackendError> {
+        self.context.bind("event")?;
+        // SAFETY: (1) both handles live; the driver keeps what the stream still needs of the event.
+        unsafe { result::stream::wait_event(self.raw, event.raw, sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT) }
+            .map_err(failed("event"))
+    }
+
     /// Waits until everything issued has been done.
     pub fn synchronize(&self, op: &'static str) -> Result<(), BackendError> {
         self.context.bind(op)?;
@@ -344,9 +378,27 @@ unsafe impl Sync for Event {}
 impl Event {
     /// An event with timing.
     pub fn new(context: &Context) -> Result<Self, BackendError> {
+        Self::with(context, sys::CUevent_flags::CU_EVENT_DEFAULT)
+    }
+
+    /// An event without a time, which costs the device less.
+    pub fn untimed(context: &Context) -> Result<Self, BackendError> {
+        Self::with(context, sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)
+    }
+
+    fn with(context: &Context, flags: sys::CUevent_flags) -> Result<Self, BackendError> {
         context.bind("event")?;
-        let raw = result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT).map_err(failed("event"))?;
-        Ok(Self { raw })
+        Ok(Self { raw: result::event::create(flags).map_err(failed("event"))? })
+    }
+
+    /// Whether the stream has passed the event.
+    pub fn has_passed(&self) -> Result<bool, BackendError> {
+        // SAFETY: (1) the handle lives.
+        match unsafe { result::event::query(self.raw) } {
+            Ok(()) => Ok(true),
+            Err(DriverError(sys::CUresult::CUDA_ERROR_NOT_READY)) => Ok(false),
+            Err(error) => Err(failed("event")(error)),
+        }
     }
 
     /// Sets the event at the stream's present end.

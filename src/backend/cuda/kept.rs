@@ -1,6 +1,6 @@
 //! Keys and values that are kept in FP8: writing them, and bringing them back where a kernel reads bf16 alone.
 //!
-//! Invariant: a row is written as a whole, its codes and its factors, in one launch.
+//! Invariant: a row is written as a whole, its codes and its scales, in one launch.
 #![allow(unsafe_code)]
 
 use std::sync::Arc;
@@ -8,7 +8,7 @@ use std::sync::Arc;
 use super::Cuda;
 use super::arena::Arena;
 use super::driver::{Function, Stream, parameters};
-use super::matrix::{CudaMatrix, Fp8Factors, require};
+use super::matrix::{CudaMatrix, Fp8Scales, require};
 use crate::backend::{BackendError, HeadShape};
 
 /// Threads of a block of keep_fp8 (as in kernels/kv_fp8.cu) and of restore_fp8.
@@ -20,7 +20,7 @@ const THREADS: usize = 256;
 struct Kept {
     from: u64,
     codes: u64,
-    factors: u64,
+    scales: u64,
 }
 
 /// Rows of bf16, `stride` elements apart.
@@ -40,16 +40,16 @@ impl Cuda {
         first_row: usize,
     ) -> Result<(), BackendError> {
         let op = "keep_fp8";
-        let kept = |i: usize| -> Result<(Kept, &Fp8Factors), BackendError> {
-            let factors = to[i].fp8.as_ref().ok_or(BackendError::Shape {
+        let kept = |i: usize| -> Result<(Kept, &Fp8Scales), BackendError> {
+            let scales = to[i].fp8.as_ref().ok_or(BackendError::Shape {
                 op,
                 expected: "keys and values both in FP8".to_owned(),
                 got: "bf16".to_owned(),
             })?;
-            let kept = Kept { from: from[i], codes: to[i].piece.address(), factors: factors.piece.address() };
-            Ok((kept, factors))
+            let kept = Kept { from: from[i], codes: to[i].piece.address(), scales: scales.piece.address() };
+            Ok((kept, scales))
         };
-        let (keys, factors) = kept(0)?;
+        let (keys, scales) = kept(0)?;
         let values = if to.len() > 1 { kept(1)?.0 } else { keys };
         require(
             op,
@@ -57,9 +57,9 @@ impl Cuda {
             "head_dim a multiple of 16, at most 128",
             head_dim,
         )?;
-        let pairs = rows.count * factors.heads;
+        let pairs = rows.count * scales.heads;
         let [count, stride, heads, dim, first, capacity] =
-            [rows.count, rows.stride, factors.heads, head_dim, first_row, to[0].rows].map(|n| n as i32);
+            [rows.count, rows.stride, scales.heads, head_dim, first_row, to[0].rows].map(|n| n as i32);
         let grid = ((pairs * 32).div_ceil(THREADS), to.len(), 1);
         let parameters = parameters![keys, values, count, stride, heads, dim, first, capacity];
         // SAFETY: (1) parameters as in kv_fp8.cu; (2) matrices are borrowed.
@@ -77,10 +77,10 @@ pub(super) fn restored(
 ) -> Result<CudaMatrix, BackendError> {
     let op = "restore_fp8";
     let plain = CudaMatrix::new(arena, op, rows.max(1), matrix.cols)?;
-    let Some(factors) = &matrix.fp8 else {
+    let Some(scales) = &matrix.fp8 else {
         return Err(BackendError::Shape { op, expected: "a matrix in FP8".to_owned(), got: "bf16".to_owned() });
     };
-    let (from, scales, to) = (matrix.piece.address(), factors.piece.address(), plain.row(0));
+    let (from, scales, to) = (matrix.piece.address(), scales.piece.address(), plain.row(0));
     let [count, heads, dim, capacity] = [rows, shape.kv_heads, shape.head_dim, matrix.rows].map(|n| n as i32);
     let grid = ((rows * matrix.cols / 16).div_ceil(THREADS), 1, 1);
     // SAFETY: (1) parameters as in kv_fp8.cu; (2) pieces stay allocated in stream order, the matrix is borrowed.

@@ -14,11 +14,11 @@ pub struct CudaMatrix {
     pub(super) rows: usize,
     pub(super) cols: usize,
     /// Of a matrix in FP8, whose elements have a byte.
-    pub(super) fp8: Option<Fp8Factors>,
+    pub(super) fp8: Option<Fp8Scales>,
 }
 
-/// Factors of a matrix in FP8, f32 `[heads, rows]`: element = code * factor, see kernels/fp8.cuh.
-pub(super) struct Fp8Factors {
+/// Scales of a matrix in FP8, f32 `[heads, rows]`; its codes are `[heads, rows, head_dim]`. Element = code * scale, see kernels/fp8.cuh.
+pub(super) struct Fp8Scales {
     pub(super) piece: Piece,
     pub(super) heads: usize,
 }
@@ -50,7 +50,7 @@ impl CudaMatrix {
     pub(super) fn new(arena: &Arc<Arena>, op: &'static str, rows: usize, cols: usize) -> Result<Self, BackendError> {
         Ok(Self { piece: arena.take(op, rows * cols * 2)?, rows, cols, fp8: None })
     }
-    /// A matrix in FP8, `heads` factors a row.
+    /// A matrix in FP8, `heads` scales a row.
     pub(super) fn in_fp8(
         arena: &Arc<Arena>,
         op: &'static str,
@@ -58,8 +58,8 @@ impl CudaMatrix {
         cols: usize,
         heads: usize,
     ) -> Result<Self, BackendError> {
-        let factors = Fp8Factors { piece: arena.take(op, rows * heads * 4)?, heads };
-        Ok(Self { piece: arena.take(op, rows * cols)?, rows, cols, fp8: Some(factors) })
+        let scales = Fp8Scales { piece: arena.take(op, rows * heads * 4)?, heads };
+        Ok(Self { piece: arena.take(op, rows * cols)?, rows, cols, fp8: Some(scales) })
     }
     /// Address of a row of a matrix in bf16.
     pub(super) fn row(&self, row: usize) -> u64 {
@@ -80,6 +80,13 @@ impl CudaMatrix {
         cols: usize,
     ) -> Result<(), BackendError> {
         need(op, what, (rows, cols), (self.rows, self.cols))
+    }
+}
+
+impl Fp8Scales {
+    /// Address of a matrix's scales, 0 of a matrix in bf16.
+    pub(super) fn address_of(matrix: &CudaMatrix) -> u64 {
+        matrix.fp8.as_ref().map_or(0, |scales| scales.piece.address())
     }
 }
 

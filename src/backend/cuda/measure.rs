@@ -34,6 +34,14 @@ impl Cuda {
         Ok(values)
     }
 
+    /// One row of them.
+    pub(super) fn read_score_row(&self, scores: &CudaScores, row: usize) -> Result<Vec<f32>, BackendError> {
+        let mut values = vec![0f32; scores.cols];
+        // SAFETY: (1) a row has as many elements.
+        unsafe { self.stream.download("read_scores", scores.row(row), bytemuck::cast_slice_mut(&mut values)) }?;
+        Ok(values)
+    }
+
     /// The chosen rows, `[heads, k]`.
     pub fn read_rows(&self, rows: &CudaRows) -> Result<Vec<i32>, BackendError> {
         let mut values = vec![0i32; rows.heads * rows.k];

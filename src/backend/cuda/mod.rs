@@ -1,49 +1,70 @@
 //! The CUDA backend: bf16 activations, our own kernels and cuBLASLt on one stream of one device.
 //!
 //! All device memory is taken at the start ([`CudaOptions::memory_bytes`]) and handed out from there; libraries are opened at run time.
-//! Invariant: everything is issued on one stream, in order; a piece of memory given back is safe to hand out again at once.
+//! Invariant: everything is computed on one stream, in order; a piece of memory given back is safe to hand out again at once, because what goes
+//! on beside that stream (a [`Lane`]) is waited for before its memory is given back.
 
 mod arena;
 mod attention;
+mod attention_kernels;
 mod attention_plan;
 mod blas;
+mod columns;
 mod driver;
 mod kept;
+mod lane;
 mod layers;
+mod links;
 mod matrix;
 mod measure;
 mod modules;
+mod next;
 mod pace;
 mod partials;
+mod products;
 mod profile;
+mod quantized;
+mod rope;
 mod selection;
 mod weights;
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
-pub use attention::AttentionPath;
+pub use attention_kernels::AttentionPath;
+pub use lane::{Extent, Lane, Mark};
+pub use links::in_ring_order;
 pub use matrix::{CudaMatrix, CudaRows, CudaScores, CudaWeight};
+pub use products::ProductPath;
 
-use super::{AttentionTask, Backend, BackendError, HeadShape, KvMut, KvRef, WeightView};
+use super::{AttentionTask, Backend, BackendError, HeadShape, KvMut, KvRef, Next, Wanted, WeightView};
 use arena::Arena;
 use attention::{Attention, Call};
 use blas::Blas;
 use driver::{Context, Stream};
 use modules::{Functions, Modules};
+use next::Head;
+use products::Skinny;
 
 /// Device memory left to the driver and to cuBLASLt's own needs.
 const RESERVED_BYTES: usize = 768 << 20;
+
+/// What the profile calls the time in which the device has nothing to compute until a collective has come.
+pub const WAITING: &str = "communication";
 
 /// How to use a device.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct CudaOptions {
     /// Device memory to take; absent: what is free, less a reserve.
     pub memory_bytes: Option<usize>,
+    /// What other libraries (NCCL) will want beside that reserve.
+    pub others_bytes: usize,
     /// Kernels to use for tasks of many queries.
     pub attention: AttentionPath,
     /// How keys and values are kept for decode.
     pub kv_cache: KvCacheType,
+    /// Who takes products of few rows.
+    pub products: ProductPath,
 }
 
 /// Element type of the keys and values that are kept. Prefill itself always attends to them in bf16.
@@ -86,6 +107,7 @@ pub struct Cuda {
     blas: Blas,
     staging: Mutex<Option<weights::Staging>>,
     functions: Functions,
+    skinny: Skinny,
     pace: pace::Pace,
     profile: profile::Profile,
     arena: Arc<Arena>,
@@ -93,6 +115,7 @@ pub struct Cuda {
     context: Arc<Context>,
     ordinal: usize,
     kv_cache: KvCacheType,
+    products: ProductPath,
 }
 
 impl Cuda {
@@ -100,17 +123,19 @@ impl Cuda {
     pub fn open(ordinal: usize, options: &CudaOptions) -> Result<Self, BackendError> {
         let context = Context::open(ordinal)?;
         let modules = Modules::load(&context)?;
-        let functions = Functions::new(&modules)?;
+        let (functions, skinny) = (Functions::new(&modules)?, Skinny::new(&modules)?);
         let attention = Attention::new(&modules, context.multiprocessors, options.attention)?;
         let stream = Stream::new(&context)?;
         let (free, _) = context.memory()?;
-        let arena = Arena::new(&context, options.memory_bytes.unwrap_or(free.saturating_sub(RESERVED_BYTES)))?;
+        let spared = RESERVED_BYTES + options.others_bytes;
+        let arena = Arena::new(&context, options.memory_bytes.unwrap_or(free.saturating_sub(spared)))?;
         let blas = Blas::new(&arena)?;
         Ok(Self {
             attention,
             blas,
             staging: Mutex::new(None),
             functions,
+            skinny,
             pace: pace::Pace::default(),
             profile: profile::Profile::default(),
             arena,
@@ -118,6 +143,7 @@ impl Cuda {
             context,
             ordinal,
             kv_cache: options.kv_cache,
+            products: options.products,
         })
     }
 
@@ -126,12 +152,17 @@ impl Cuda {
         &self.context.name
     }
 
+    /// The device's number.
+    pub fn ordinal(&self) -> usize {
+        self.ordinal
+    }
+
     /// Bytes that one operation takes at most, beside its operands; operations give them back when they end.
     pub fn scratch_bytes(&self, shape: &ScratchShape) -> u64 {
-        let mlp = layers::MLP_ROWS * 3 * shape.intermediate * 2;
+        let mlp = products::MLP_ROWS * 3 * shape.intermediate * 2;
         let scores = selection::SCORE_ROWS * shape.head_width * 4;
         let partials = self.attention.most_partial_bytes(shape.heads.head_dim);
-        [mlp, scores, partials, shape.vocab * 4].into_iter().max().unwrap_or(0) as u64
+        [mlp, scores, partials, next::USUAL_ROWS * shape.vocab * 4].into_iter().max().unwrap_or(0) as u64
     }
 
     /// How keys and values are kept.
@@ -253,6 +284,19 @@ impl Backend for Cuda {
         self.run_rope_store(shape, rows, positions, (inv_freq, scale), qkv, kv)
     }
 
+    fn rope_store_each(
+        &self,
+        shape: HeadShape,
+        positions: &[u32],
+        inv_freq: &[f32],
+        scale: f32,
+        qkv: &mut CudaMatrix,
+        places: Vec<KvMut<'_, CudaMatrix>>,
+    ) -> Result<(), BackendError> {
+        self.mark("rope_store")?;
+        self.run_rope_store_each(shape, positions, (inv_freq, scale), qkv, &places)
+    }
+
     fn retaining_scores(
         &self,
         rows: usize,
@@ -361,6 +405,61 @@ impl Backend for Cuda {
         self.run_copy_rows(src, src_row, rows, dst, dst_row)
     }
 
+    fn stack_columns(
+        &self,
+        src: &CudaMatrix,
+        src_at: (usize, usize),
+        rows: usize,
+        groups: usize,
+        dst: &mut CudaMatrix,
+        dst_row: usize,
+    ) -> Result<(), BackendError> {
+        self.mark("stack_columns")?;
+        self.run_stack_columns(src, src_at, rows, groups, (dst, dst_row))
+    }
+
+    fn unstack_columns(
+        &self,
+        src: &CudaMatrix,
+        src_row: usize,
+        rows: usize,
+        groups: usize,
+        dst: &mut CudaMatrix,
+        dst_row: usize,
+    ) -> Result<(), BackendError> {
+        self.mark("unstack_columns")?;
+        self.run_unstack_columns(src, src_row, rows, groups, (dst, dst_row))
+    }
+
+    fn quantized_kv(&self, shape: HeadShape, rows: usize) -> Result<CudaMatrix, BackendError> {
+        self.run_quantized_kv(shape, rows)
+    }
+
+    fn quantize_kv(
+        &self,
+        shape: HeadShape,
+        kv: KvRef<'_, CudaMatrix>,
+        row: usize,
+        rows: usize,
+        out: &mut CudaMatrix,
+        out_row: usize,
+    ) -> Result<(), BackendError> {
+        self.mark("quantize_kv")?;
+        self.run_quantize_kv(shape, kv, row, rows, (out, out_row))
+    }
+
+    fn restore_kv(
+        &self,
+        shape: HeadShape,
+        from: &CudaMatrix,
+        row: usize,
+        rows: usize,
+        kv: KvMut<'_, CudaMatrix>,
+    ) -> Result<(), BackendError> {
+        self.mark("restore_kv")?;
+        self.run_restore_kv(shape, from, row, rows, kv)
+    }
+
     fn logits(
         &self,
         x: &CudaMatrix,
@@ -370,7 +469,7 @@ impl Backend for Cuda {
         head: &CudaWeight,
     ) -> Result<Vec<f32>, BackendError> {
         self.mark("logits")?;
-        self.run_logits(x, row, norm, epsilon, head)
+        self.read_scores(&self.device_logits(x, (row, 1), &Head { norm, epsilon, head })?)
     }
 
     fn choose_token(
@@ -383,8 +482,20 @@ impl Backend for Cuda {
         choice: (f32, f32, f32),
     ) -> Result<Option<u32>, BackendError> {
         self.mark("choose_token")?;
-        let logits = self.device_logits(x, row, norm, epsilon, head)?;
-        self.run_choose_token(&logits, choice)
+        let logits = self.device_logits(x, (row, 1), &Head { norm, epsilon, head })?;
+        Ok(self.run_choose_tokens(&logits, &[choice])?[0])
+    }
+
+    fn next_tokens(
+        &self,
+        x: &CudaMatrix,
+        norm: &CudaWeight,
+        epsilon: f32,
+        head: &CudaWeight,
+        wanted: &[Wanted],
+    ) -> Result<Vec<Next>, BackendError> {
+        self.mark("next_tokens")?;
+        self.run_next_tokens(x, &Head { norm, epsilon, head }, wanted)
     }
 
     fn pace(&self) -> Result<(), BackendError> {

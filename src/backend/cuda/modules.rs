@@ -13,8 +13,6 @@ const CUBINS: &[(&str, &str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/cubin
 
 /// Kernels of decode, which are short and many: each may begin while the one before ends. All of them wait for earlier grids first.
 const OVERLAPPING: &[&str] = &[
-    "argmax",
-    "draw_token",
     "attention_combine",
     "attention_decode_128",
     "attention_decode_64",
@@ -22,8 +20,7 @@ const OVERLAPPING: &[&str] = &[
     "attention_decode_16",
     "attention_decode_fp8_128",
     "attention_decode_fp8_64",
-    "attention_decode_fp8_32",
-    "attention_decode_fp8_16",
+    "choose_tokens",
     "gemv",
     "gemv_f32",
     "gemv_swiglu",
@@ -31,6 +28,17 @@ const OVERLAPPING: &[&str] = &[
     "merge_stacked",
     "rms_norm",
     "rope_store",
+    "rope_store_each",
+    "rope_store_each_fp8",
+    "skinny_8",
+    "skinny_16",
+    "skinny_32",
+    "skinny_f32_8",
+    "skinny_f32_16",
+    "skinny_f32_32",
+    "skinny_swiglu_8",
+    "skinny_swiglu_16",
+    "skinny_swiglu_32",
 ];
 
 /// The modules of one device.
@@ -106,6 +114,8 @@ functions! {
     keep_fp8 in "kv_fp8";
     rms_norm in "rms_norm";
     rope_store in "rope_store";
+    rope_store_each in "rope_store";
+    rope_store_each_fp8 in "rope_store";
     swiglu in "swiglu";
     gemv in "gemv";
     gemv_f32 in "gemv";
@@ -115,8 +125,10 @@ functions! {
     query_scores in "query_aware";
     top_k in "top_k";
     gather_kv in "gather_kv";
-    argmax in "choose";
-    draw_token in "choose";
+    move_columns in "columns";
+    quantize_kv in "passing_fp8";
+    restore_kv in "passing_fp8";
+    choose_tokens in "choose";
     merge in "merge";
     merge_stacked in "merge_stacked";
 }

@@ -4,7 +4,7 @@
 
 use serde_json::json;
 
-use super::ceilings::milliseconds;
+use super::ceilings::{self, milliseconds};
 use super::cuda::{device, failed};
 use super::report::{Row, rounded};
 use super::{Options, Strategy};
@@ -17,7 +17,8 @@ const WARM_UP: usize = 8;
 
 /// Appends a row for each length and case.
 pub(super) fn measure(options: &Options, rows: &mut Vec<Row>) -> Result<(), CliError> {
-    let cuda = device(options, rows)?;
+    let cuda = device(options)?;
+    rows.push(ceilings::measure(&cuda, options).map_err(failed)?);
     let shape = options.shape.spec().shape;
     for &tokens in &options.tokens {
         if options.attention.contains(&Strategy::Full) {

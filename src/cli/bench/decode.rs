@@ -7,7 +7,7 @@ use std::time::Instant;
 use serde_json::json;
 
 use super::Options;
-use super::cuda::{device, engine, engine_failed, plan, random_tokens, row};
+use super::cuda::{engine, engine_failed, plan, random_tokens, row};
 use super::report::{Row, median, rounded};
 use crate::backend::cuda::KvCacheType;
 use crate::cli::CliError;
@@ -21,14 +21,16 @@ const WARM_UP: usize = 4;
 
 /// Appends a row for each length and strategy.
 pub(super) fn measure(options: &Options, rows: &mut Vec<Row>) -> Result<(), CliError> {
-    let engine = engine(options, device(options, rows)?)?;
+    let engine = engine(options, rows)?;
     let copy_gb_s = rows.last().and_then(|row| row.get("copy_gb_s")?.as_f64()).unwrap_or(f64::NAN);
     for &tokens in &options.tokens {
         for &strategy in &options.attention {
-            let mut row = one(options, &engine, &plan(options, &engine, tokens, strategy)?)?;
+            let plan = plan(options, &engine, tokens, strategy).map_err(engine_failed)?;
+            let mut row = one(options, &engine, &plan)?;
             // A copy reads and writes; reading alone is as fast per byte that passes.
             let cache = options.kv_cache.of_cuda();
-            let floor = bytes_a_token(engine.spec(), tokens, cache) / copy_gb_s / 1e6;
+            let bytes = weight_bytes(engine.spec()) + cache_bytes(engine.spec(), tokens, cache);
+            let floor = bytes / copy_gb_s / 1e6;
             row.insert("floor_ms".to_owned(), rounded(floor, 2));
             rows.push(row);
         }
@@ -52,11 +54,15 @@ fn one(options: &Options, engine: &CudaEngine, plan: &crate::plan::PrefillPlan) 
     Ok(row)
 }
 
-/// Weights, keys and values that one token reads.
-fn bytes_a_token(spec: &ModelSpec, tokens: usize, cache: KvCacheType) -> f64 {
+/// Bytes of weights that a step reads.
+pub(super) fn weight_bytes(spec: &ModelSpec) -> f64 {
     let layer = spec.hidden * (spec.shape.qkv_width() + spec.shape.q_width() + 3 * spec.intermediate);
-    let kept = cache.bytes(2 * spec.shape.kv_width() * tokens, spec.shape.head_dim);
-    (spec.layers * (2 * layer + kept) + 2 * spec.vocab * spec.hidden) as f64
+    (2 * (spec.layers * layer + spec.vocab * spec.hidden)) as f64
+}
+
+/// Bytes of a sequence's keys and values.
+pub(super) fn cache_bytes(spec: &ModelSpec, tokens: usize, cache: KvCacheType) -> f64 {
+    (spec.layers * cache.bytes(2 * spec.shape.kv_width() * tokens, spec.shape.head_dim)) as f64
 }
 
 /// Takes the likeliest token so many times, and the time of each.

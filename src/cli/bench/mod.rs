@@ -5,11 +5,15 @@
 #[cfg(feature = "cuda")]
 mod attention;
 #[cfg(feature = "cuda")]
+mod batch;
+#[cfg(feature = "cuda")]
 mod ceilings;
 #[cfg(feature = "cuda")]
 mod cuda;
 #[cfg(feature = "cuda")]
 mod decode;
+#[cfg(feature = "cuda")]
+mod mixed;
 #[cfg(feature = "cuda")]
 mod prefill;
 #[cfg(feature = "cuda")]
@@ -34,8 +38,10 @@ pub struct Args {
 enum What {
     /// Prefills of whole documents, with the share of each stage.
     Prefill(Options),
-    /// Generated tokens after a prefill.
-    Decode(Options),
+    /// Generated tokens, of one document after a prefill or of several at a time.
+    Decode(DecodeOptions),
+    /// A lot of documents of mixed lengths, all at once: documents an hour.
+    Mixed(MixedOptions),
     /// The attention kernels alone.
     Attention(Options),
 }
@@ -52,7 +58,13 @@ struct Options {
     /// Attention strategies.
     #[arg(long, value_enum, value_delimiter = ',', default_value = "full,star,apb")]
     attention: Vec<Strategy>,
-    /// Hosts of star and APB.
+    /// GPUs that work on a document together (prefill, decode).
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = ranks)]
+    ranks: usize,
+    /// Numbers of those GPUs; by default the first ones.
+    #[arg(long, value_name = "N,N", value_delimiter = ',')]
+    devices: Vec<usize>,
+    /// Hosts of all strategies but full.
     #[arg(long, value_name = "N", default_value_t = 8)]
     hosts: usize,
     /// Anchor length; by default the paper's for the context.
@@ -61,12 +73,17 @@ struct Options {
     /// Passing length; by default the paper's for the context.
     #[arg(long, value_name = "N")]
     passing: Option<usize>,
+    #[command(flatten)]
+    execution: super::execution::ExecutionArgs,
     /// Hidden units of the retaining heads.
     #[arg(long, value_name = "N", default_value_t = 1024)]
     head_width: usize,
     /// How keys and values are kept for decode.
     #[arg(long, value_enum, default_value_t = super::device::KvCacheName::Native)]
     kv_cache: super::device::KvCacheName,
+    /// Kernels of products of few rows.
+    #[arg(long, value_enum, default_value_t = ProductName::Skinny)]
+    products: ProductName,
     /// Query tokens.
     #[arg(long, value_name = "N", default_value_t = 64)]
     query: usize,
@@ -81,9 +98,51 @@ struct Options {
     format: Format,
 }
 
+/// Options of decode.
+#[derive(Debug, Clone, clap::Args)]
+struct DecodeOptions {
+    #[command(flatten)]
+    common: Options,
+    /// Sequences that decode together, each over random keys and values of its own; without it one, after a prefill by each strategy.
+    #[arg(long, value_name = "N", value_delimiter = ',', value_parser = clap::value_parser!(u16).range(1..=64))]
+    batch: Vec<u16>,
+}
+
+/// Options of a mixed lot.
+#[derive(Debug, Clone, clap::Args)]
+struct MixedOptions {
+    #[command(flatten)]
+    common: Options,
+    /// Documents.
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    documents: usize,
+    /// Tokens of the shortest.
+    #[arg(long, value_name = "N", default_value = "4k", value_parser = tokens)]
+    shortest: usize,
+    /// Tokens of the longest.
+    #[arg(long, value_name = "N", default_value = "128k", value_parser = tokens)]
+    longest: usize,
+    /// Tokens that each generates.
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    new_tokens: usize,
+}
+
+/// Kernels of products of few rows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum ProductName {
+    /// Ours for up to 32 rows.
+    Skinny,
+    /// The same from two rows on, and for one row ours for vectors.
+    Vector,
+    /// For one row ours for vectors, cuBLASLt for more.
+    Library,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Strategy {
     Full,
+    Ring,
+    Ulysses,
     Star,
     Apb,
 }
@@ -100,6 +159,18 @@ impl Args {
     pub fn execute(self) -> Result<Status, CliError> {
         Err(super::device::no_cuda())
     }
+}
+
+#[cfg(feature = "cuda")]
+impl Options {
+    /// How many GPUs there are.
+    fn gpus(&self) -> usize {
+        self.ranks.max(self.devices.len())
+    }
+}
+
+fn ranks(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|ranks| *ranks > 0).ok_or_else(|| format!("'{text}' is no number of ranks"))
 }
 
 /// `4096`, `32k`, `1m`.

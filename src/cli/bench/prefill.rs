@@ -5,32 +5,37 @@
 use serde_json::json;
 
 use super::Options;
-use super::cuda::{device, engine, engine_failed, failed, plan, random_tokens, row};
+use super::cuda::{engine, engine_failed, failed, plan, random_tokens, refusal, row};
 use super::report::{Row, median, rounded};
+use crate::backend::BackendError;
+use crate::backend::cuda::{Cuda, WAITING};
 use crate::cli::CliError;
 use crate::engine::{CudaEngine, Driver, EngineError, Job, Progress};
 use crate::generate::generator::Step;
 
-/// Appends a row for each length and strategy.
+/// Appends a row for each length and strategy, and with several GPUs one for each of them.
 pub(super) fn measure(options: &Options, rows: &mut Vec<Row>) -> Result<(), CliError> {
-    let engine = engine(options, device(options, rows)?)?;
+    let engine = engine(options, rows)?;
     for &tokens in &options.tokens {
         for &strategy in &options.attention {
-            rows.push(one(options, &engine, &plan(options, &engine, tokens, strategy)?)?);
+            match plan(options, &engine, tokens, strategy) {
+                Ok(plan) => rows.extend(one(options, &engine, &plan)?),
+                Err(error) => rows.push(refusal(options, tokens, strategy, error)?),
+            }
         }
     }
     Ok(())
 }
 
-fn one(options: &Options, engine: &CudaEngine, plan: &crate::plan::PrefillPlan) -> Result<Row, CliError> {
+fn one(options: &Options, engine: &CudaEngine, plan: &crate::plan::PrefillPlan) -> Result<Vec<Row>, CliError> {
     let (context, query) =
         (random_tokens(plan.context, engine.spec().vocab), random_tokens(plan.query, engine.spec().vocab));
     let job = Job { context: &context, query: &query, plan, new_tokens: 1 };
     let run = || engine.run(&job, &mut OnlyPrefill).map_err(engine_failed);
-    let backend = engine.devices().backend();
-    backend.watch_memory();
+    let backends: Vec<_> = engine.devices().backends().take(plan.active_ranks(options.gpus())).collect();
+    backends.iter().for_each(|backend| backend.watch_memory());
     run()?;
-    let peak = backend.peak_bytes() as f64 / f64::from(1 << 30);
+    let peak = backends.iter().map(|backend| backend.peak_bytes()).max().unwrap_or(0) as f64 / f64::from(1 << 30);
     let times = (0..options.repeats).map(|_| Ok(run()?.prefill.as_secs_f64())).collect::<Result<Vec<_>, CliError>>()?;
     let seconds = median(times);
     let mut row = row(options, plan);
@@ -38,27 +43,69 @@ fn one(options: &Options, engine: &CudaEngine, plan: &crate::plan::PrefillPlan) 
     row.insert("seconds".to_owned(), rounded(seconds, 4));
     row.insert("tokens_s".to_owned(), rounded(plan.context as f64 / seconds, 0));
     row.insert("peak_gib".to_owned(), rounded(peak, 2));
-    backend.start_profile().map_err(failed)?;
+    backends.iter().try_for_each(|backend| backend.start_profile()).map_err(failed)?;
     run()?;
-    let profile = backend.finish_profile().map_err(failed)?;
-    let whole: f32 = profile.iter().map(|(_, ms)| ms).sum();
-    for (stage, ms) in stages(&profile) {
-        row.insert(format!("{stage}_ms"), rounded(f64::from(ms), 1));
-        if stage == "other" {
-            row.insert("other_percent".to_owned(), rounded(f64::from(100.0 * ms / whole), 1));
-        }
+    let shares = backends.iter().map(|backend| Share::of(backend)).collect::<Result<Vec<_>, _>>().map_err(failed)?;
+    // The others wait for the one that has most to compute.
+    let longest = shares.iter().max_by(|a, b| a.computing().total_cmp(&b.computing()));
+    if let Some(longest) = longest {
+        longest.describe(&mut row);
     }
-    Ok(row)
+    let mut rows = vec![row];
+    if shares.len() > 1 {
+        rows.extend(shares.iter().enumerate().map(|(rank, share)| share.row(options, plan, rank)));
+    }
+    Ok(rows)
 }
 
-/// Milliseconds of the paper's stages. One rank has no communication.
+/// What one GPU spent its time on, in milliseconds.
+struct Share {
+    stages: Vec<(&'static str, f32)>,
+    /// Collectives, from when they could begin to their end; hidden behind computing but for the stage of that name.
+    collectives: f32,
+}
+
+impl Share {
+    fn of(backend: &Cuda) -> Result<Self, BackendError> {
+        let stages = stages(&backend.finish_profile()?);
+        Ok(Self { stages, collectives: backend.lane_profile()?.iter().map(|(_, ms)| ms).sum() })
+    }
+
+    fn computing(&self) -> f32 {
+        self.stages.iter().filter(|(stage, _)| *stage != WAITING).map(|(_, ms)| ms).sum()
+    }
+
+    fn describe(&self, row: &mut Row) {
+        let whole: f32 = self.stages.iter().map(|(_, ms)| ms).sum();
+        let percent = |ms: f32| rounded(f64::from(100.0 * ms / whole), 1);
+        for (stage, ms) in &self.stages {
+            row.insert(format!("{stage}_ms"), rounded(f64::from(*ms), 1));
+            if *stage == "other" || *stage == WAITING {
+                row.insert(format!("{stage}_percent"), percent(*ms));
+            }
+        }
+        row.insert("collectives_ms".to_owned(), rounded(f64::from(self.collectives), 1));
+    }
+
+    fn row(&self, options: &Options, plan: &crate::plan::PrefillPlan, rank: usize) -> Row {
+        let mut row = row(options, plan);
+        row["what"] = json!("prefill of one rank");
+        row.insert("rank".to_owned(), json!(rank));
+        self.describe(&mut row);
+        row
+    }
+}
+
+/// Milliseconds of the paper's stages.
 fn stages(profile: &[(&'static str, f32)]) -> Vec<(&'static str, f32)> {
-    let mut sums = ["qkv", "retaining_head", "attention", "o", "ffn", "other"].map(|stage| (stage, 0.0));
+    let names = ["qkv", "retaining_head", WAITING, "attention", "o", "ffn", "other"];
+    let mut sums = names.map(|stage| (stage, 0.0));
     for (op, ms) in profile {
         let stage = match *op {
             "linear" => "qkv",
-            "retaining_scores" | "top_k" | "gather_kv" => "retaining_head",
-            "attention" => "attention",
+            "retaining_scores" | "query_aware_scores" | "top_k" | "gather_kv" => "retaining_head",
+            WAITING => WAITING,
+            "attention" | "merge" => "attention",
             "linear_add" => "o",
             "mlp" => "ffn",
             _ => "other",
@@ -87,10 +134,18 @@ mod tests {
 
     #[test]
     fn every_operation_belongs_to_one_stage() {
-        let profile =
-            [("linear", 1.0), ("mlp", 2.0), ("rms_norm", 4.0), ("attention", 8.0), ("top_k", 16.0), ("start", 32.0)];
+        let profile = [
+            ("linear", 1.0),
+            ("mlp", 2.0),
+            ("rms_norm", 4.0),
+            ("attention", 8.0),
+            ("top_k", 16.0),
+            ("start", 32.0),
+            (WAITING, 64.0),
+        ];
         let stages = stages(&profile);
-        assert_eq!(stages.iter().map(|(_, ms)| ms).sum::<f32>(), 63.0);
+        assert_eq!(stages.iter().map(|(_, ms)| ms).sum::<f32>(), 127.0);
+        assert!(stages.contains(&(WAITING, 64.0)));
         assert!(stages.contains(&("other", 36.0)) && stages.contains(&("retaining_head", 16.0)));
     }
 }

@@ -64,6 +64,7 @@ enum Attention {
     Auto,
     Full,
     Ring,
+    Ulysses,
     Star,
     Apb,
 }
@@ -87,6 +88,7 @@ impl JobArgs {
             Attention::Auto => ModeMessage::Auto,
             Attention::Full => ModeMessage::Full,
             Attention::Ring => ModeMessage::Ring,
+            Attention::Ulysses => ModeMessage::Ulysses,
             Attention::Star => ModeMessage::Star,
             Attention::Apb => ModeMessage::Apb,
         };

@@ -29,9 +29,17 @@ impl Ranks for Threads {
     fn scores_values(&self, _: &LocalComm, scores: &Scores) -> Vec<f32> {
         scores.data().to_vec()
     }
+    fn settle(&self, _: &LocalComm) -> Result<(), CommError> {
+        Ok(())
+    }
 }
 
-conformance::suite!(Threads);
+macro_rules! on_threads {
+    ($($test:ident: $needed:literal,)*) => {
+        $(#[test] fn $test() { conformance::$test(&Threads); })*
+    };
+}
+conformance::with_functions!(on_threads);
 
 #[test]
 fn every_rank_of_a_round_that_disagrees_is_told_what_the_other_came_with() {

@@ -1,7 +1,7 @@
 //! Full, star and APB attention: each host's local block sees its passing block, the anchor, and itself causally.
 //!
 //! With several ranks the passing blocks travel while the hosts attend to anchor and local block, and are merged in
-//! afterwards by log-sum-exp; with one rank there is nothing to wait for, and one call does all.
+//! afterwards by log-sum-exp. With one rank there is nothing to wait for, and one call does all; so it is where a plan asks for no overlap.
 //!
 //! Invariant: the anchor sees only itself; a probe (the query after a host's block) is seen by nobody else.
 
@@ -16,6 +16,8 @@ use crate::plan::{PrefillPlan, RankLayout};
 
 /// Index of the rank's own rows among the sources of attention.
 const WORKING: usize = 0;
+/// Index of the compressed blocks of all hosts among them.
+const PASSING: usize = 1;
 
 /// Buffers and tasks of the blocks of a rank; the tasks are those of every layer.
 pub struct BlockAttention<B: Backend> {
@@ -41,25 +43,25 @@ impl<B: Backend> BlockAttention<B> {
         layout: &RankLayout,
     ) -> Result<Self, RankError> {
         let selection = Selection::new(rank, plan, layout)?;
-        let apart = selection.is_some() && rank.comm.size() > 1;
+        let apart = selection.is_some() && rank.comm.size() > 1 && plan.execution.overlap;
+        let passing = plan.compressed_rows(rank.comm.size());
         let late = match apart {
-            true => Some(LatePassing::new(rank, plan, layout)?),
+            true => Some(LatePassing::new(rank, plan, layout, &passing)?),
             false => None,
         };
-        let passing_source = if apart { None } else { Some(1) };
-        Ok(Self { selection, tasks: own_tasks(plan, layout, passing_source), late })
+        let passing = if apart { Vec::new() } else { passing };
+        Ok(Self { selection, tasks: own_tasks(plan, layout, &passing), late })
     }
 
     /// Before RoPE is applied: the scores that are taken there.
     pub fn score_before_rope<C: Comm<B::Matrix, B::Scores>>(
         &mut self,
         rank: &Rank<'_, B, C>,
-        plan: &PrefillPlan,
         layer: usize,
         state: &PrefillState<B>,
     ) -> Result<(), RankError> {
         match &mut self.selection {
-            Some(selection) => selection.score_before_rope(rank, plan, layer, state),
+            Some(selection) => selection.score_before_rope(rank, layer, state),
             None => Ok(()),
         }
     }
@@ -108,10 +110,11 @@ impl<B: Backend> LatePassing<B> {
         rank: &Rank<'_, B, C>,
         plan: &PrefillPlan,
         layout: &RankLayout,
+        passing: &[Range<usize>],
     ) -> Result<Self, RankError> {
         let (rows, shape) = (layout.rows.max(1), rank.shape());
         Ok(Self {
-            tasks: passing_tasks(plan, layout),
+            tasks: passing_tasks(plan, layout, passing),
             lse: rank.backend.scores(rows, shape.heads)?,
             part: rank.backend.matrix(rows, shape.q_width())?,
             part_lse: rank.backend.scores(rows, shape.heads)?,
@@ -119,8 +122,8 @@ impl<B: Backend> LatePassing<B> {
     }
 }
 
-/// Tasks over the rank's own rows, and over the passing blocks if there is a source for them.
-fn own_tasks(plan: &PrefillPlan, layout: &RankLayout, passing_source: Option<usize>) -> Vec<AttentionTask> {
+/// Tasks over the rank's own rows, and over passing blocks made of these compressed ones, unless they come later.
+fn own_tasks(plan: &PrefillPlan, layout: &RankLayout, compressed: &[Range<usize>]) -> Vec<AttentionTask> {
     let own = |rows: &Range<usize>, mask| Segment { source: WORKING, rows: rows.clone(), mask };
     let mut tasks = Vec::new();
     let mut add = |queries: &Range<usize>, segments: Vec<Segment>| {
@@ -132,10 +135,10 @@ fn own_tasks(plan: &PrefillPlan, layout: &RankLayout, passing_source: Option<usi
     add(&layout.anchor, vec![own(&layout.anchor, Mask::Causal)]);
     for (host, local, probe) in hosts(layout) {
         let anchor = if host > 0 { layout.anchor.clone() } else { 0..0 };
-        let mut seen = Vec::new();
-        if let Some(source) = passing_source {
-            seen.push(Segment { source, rows: 0..plan.compressed_before(host), mask: Mask::Full });
-        }
+        let mut seen = match compressed {
+            [] => Vec::new(),
+            compressed => passing_segments(plan, host, compressed, PASSING),
+        };
         seen.push(own(&anchor, Mask::Full));
         add(local, [seen.clone(), vec![own(local, Mask::Causal)]].concat());
         add(probe, [seen, vec![own(local, Mask::Full), own(probe, Mask::Causal)]].concat());
@@ -144,23 +147,25 @@ fn own_tasks(plan: &PrefillPlan, layout: &RankLayout, passing_source: Option<usi
 }
 
 /// Tasks over the passing blocks alone.
-fn passing_tasks(plan: &PrefillPlan, layout: &RankLayout) -> Vec<AttentionTask> {
+fn passing_tasks(plan: &PrefillPlan, layout: &RankLayout, compressed: &[Range<usize>]) -> Vec<AttentionTask> {
     let mut tasks = Vec::new();
     for (host, local, probe) in hosts(layout) {
-        let passing = 0..plan.compressed_before(host);
-        for queries in [local, probe].into_iter().filter(|rows| !rows.is_empty() && !passing.is_empty()) {
-            let segments = vec![Segment { source: 0, rows: passing.clone(), mask: Mask::Full }];
-            tasks.push(AttentionTask { queries: queries.clone(), segments });
+        let segments = passing_segments(plan, host, compressed, 0);
+        for queries in [local, probe].into_iter().filter(|rows| !rows.is_empty() && !segments.is_empty()) {
+            tasks.push(AttentionTask { queries: queries.clone(), segments: segments.clone() });
         }
     }
     tasks
 }
 
+/// A host's passing block.
+fn passing_segments(plan: &PrefillPlan, host: usize, compressed: &[Range<usize>], source: usize) -> Vec<Segment> {
+    let runs = plan.passing_runs(host, compressed).into_iter();
+    runs.map(|rows| Segment { source, rows, mask: Mask::Full }).collect()
+}
+
 /// Each host of the rank with its local rows and its probe.
 fn hosts(layout: &RankLayout) -> impl Iterator<Item = (usize, &Range<usize>, &Range<usize>)> {
-    layout
-        .hosts
-        .clone()
-        .zip(layout.locals.iter().zip(&layout.probes))
-        .map(|(host, (local, probe))| (host, local, probe))
+    let rows = layout.locals.iter().zip(&layout.probes);
+    layout.hosts.iter().zip(rows).map(|(host, (local, probe))| (*host, local, probe))
 }

@@ -1,24 +1,32 @@
 //! Ring attention: exact and causal; blocks of keys and values travel from rank to rank while partial results are merged.
 //!
-//! Invariant: after step `s` a rank holds the block of the rank `s` places before it, and has seen it if it is earlier in the
-//! document.
+//! What travels is all that a rank has. Of what it holds, a rank's run of local blocks sees the rows of earlier hosts, which are the
+//! first ones, since a rank's hosts ascend. With hosts that are paired every rank has about as much to do at every step.
+//!
+//! Invariant: after step `s` a rank holds the rows of the rank `s` places before it, and has seen of them what is earlier in the document.
 
-use crate::backend::{AttentionTask, Backend, KvRef, Mask, Segment};
+use std::ops::Range;
+
+use crate::backend::{AttentionTask, Backend, Mask, Segment};
 use crate::comm::Comm;
 use crate::engine::kv::{KeyValues, Moving};
 use crate::engine::prefill::PrefillState;
 use crate::engine::rank::{Rank, RankError};
-use crate::plan::{PrefillPlan, RankLayout};
+use crate::plan::{PrefillPlan, RankLayout, Run};
 
-/// Buffers of the ring; absent with one rank, which has all blocks.
+/// Buffers of the ring; without other ranks nothing travels.
 pub struct RingAttention<B: Backend> {
-    /// Context tokens of each rank.
+    /// Rows of each rank.
     lengths: Vec<usize>,
+    /// Over the rank's own rows.
+    own: Vec<AttentionTask>,
+    /// What of the rows of the rank `s + 1` places before is seen; as many as there are steps.
+    others: Vec<Vec<AttentionTask>>,
     travelling: Option<Travelling<B>>,
 }
 
 struct Travelling<B: Backend> {
-    /// The block that is attended to, and the copy of it that is on its way.
+    /// The rows that are attended to, and the copy of them that is on its way.
     held: KeyValues<B::Matrix>,
     sent: Option<KeyValues<B::Matrix>>,
     part: B::Matrix,
@@ -27,15 +35,15 @@ struct Travelling<B: Backend> {
 }
 
 impl<B: Backend> RingAttention<B> {
-    /// Buffers for blocks of the longest rank.
+    /// Buffers for rows of the longest rank.
     pub fn new<C: Comm<B::Matrix, B::Scores>>(
         rank: &Rank<'_, B, C>,
         plan: &PrefillPlan,
         layout: &RankLayout,
     ) -> Result<Self, RankError> {
-        let (ranks, shape, backend) = (rank.comm.size(), rank.shape(), rank.backend);
-        let lengths: Vec<usize> = (0..ranks).map(|rank| plan.layout(rank, ranks).rows).collect();
-        let longest = lengths.iter().copied().max().unwrap_or(0);
+        let (me, ranks, shape, backend) = (rank.comm.rank(), rank.comm.size(), rank.shape(), rank.backend);
+        let layouts: Vec<RankLayout> = (0..ranks).map(|rank| plan.layout(rank, ranks)).collect();
+        let longest = layouts.iter().map(|layout| layout.rows).max().unwrap_or(0);
         let rows = layout.rows.max(1);
         let travelling = match plan.active_ranks(ranks) {
             1 => None,
@@ -47,7 +55,13 @@ impl<B: Backend> RingAttention<B> {
                 lse: backend.scores(rows, shape.heads)?,
             }),
         };
-        Ok(Self { lengths, travelling })
+        let steps = steps(&layouts);
+        Ok(Self {
+            lengths: layouts.iter().map(|layout| layout.rows).collect(),
+            own: layout.runs().iter().map(|run| task(run, 0..run.rows.end, Mask::Causal)).collect(),
+            others: (1..=steps).map(|step| tasks_over(layout, &layouts[(me + ranks - step) % ranks])).collect(),
+            travelling,
+        })
     }
 
     /// Attention of the rank's rows over the whole context before them.
@@ -57,27 +71,38 @@ impl<B: Backend> RingAttention<B> {
         plan: &PrefillPlan,
         state: &mut PrefillState<B>,
     ) -> Result<(), RankError> {
-        let (me, ranks, rows) = (rank.comm.rank(), rank.comm.size(), state.layout.rows);
-        let activations = &mut state.activations;
-        let own = Attend { rank, q: &activations.qkv, rows };
+        let (backend, shape) = (rank.backend, rank.shape());
+        let (activations, rows) = (&mut state.activations, state.layout.rows);
+        let (q, out) = (&activations.qkv, &mut activations.attended);
         let Some(Travelling { held, sent, part, part_lse, lse }) = &mut self.travelling else {
-            return own.over(state.working.view(), rows, Mask::Causal, &mut activations.attended, None);
+            if !self.own.is_empty() {
+                backend.attention(shape, q, &[state.working.view()], &self.own, out, None)?;
+            }
+            return Ok(());
         };
-        // Blocks reach every rank that needs them after as many steps as there are others before it.
-        let steps = plan.active_ranks(ranks) - 1;
-        held.copy_from(rank.backend, 0, &state.working, 0, rows)?;
-        for step in 0..=steps {
-            let holds = (me + ranks - step) % ranks;
-            let comes = (me + ranks - step - 1) % ranks;
-            let moving = match step < steps {
-                true => Some(send(rank, sent, held, self.lengths[holds], self.lengths[comes])?),
-                false => None,
-            };
+        let (me, ranks) = (rank.comm.rank(), rank.comm.size());
+        held.copy_from(backend, 0, &state.working, 0, rows)?;
+        for step in 0..=self.others.len() {
+            let lengths = [step, step + 1].map(|back| self.lengths[(me + 2 * ranks - back) % ranks]);
+            let is_last = step == self.others.len();
+            let mut moving = None;
+            if plan.execution.overlap && !is_last {
+                moving = Some(send(rank, sent, held, lengths)?);
+            }
             if step == 0 {
-                own.over(held.view(), rows, Mask::Causal, &mut activations.attended, Some(lse))?;
-            } else if holds < me && rows > 0 {
-                own.over(held.view(), self.lengths[holds], Mask::Full, part, Some(part_lse))?;
-                rank.backend.merge(rank.shape(), 0..rows, &mut activations.attended, lse, part, part_lse, 0)?;
+                if !self.own.is_empty() {
+                    backend.attention(shape, q, &[held.view()], &self.own, out, Some(lse))?;
+                }
+            } else if !self.others[step - 1].is_empty() {
+                let tasks = &self.others[step - 1];
+                backend.attention(shape, q, &[held.view()], tasks, part, Some(part_lse))?;
+                for task in tasks {
+                    let rows = task.queries.clone();
+                    backend.merge(shape, rows.clone(), out, lse, part, part_lse, rows.start)?;
+                }
+            }
+            if !plan.execution.overlap && !is_last {
+                moving = Some(send(rank, sent, held, lengths)?);
             }
             if let Some(moving) = moving {
                 let arrived = KeyValues::arrived(&rank.comm, moving)?;
@@ -88,41 +113,33 @@ impl<B: Backend> RingAttention<B> {
     }
 }
 
-/// Sends a copy of the held block on, so that the block itself can be attended to meanwhile.
+/// A run over rows of the one source.
+fn task(run: &Run, rows: Range<usize>, mask: Mask) -> AttentionTask {
+    AttentionTask { queries: run.rows.clone(), segments: vec![Segment { source: 0, rows, mask }] }
+}
+
+/// A rank's runs over what is earlier of another rank's rows.
+fn tasks_over(layout: &RankLayout, held: &RankLayout) -> Vec<AttentionTask> {
+    let over = |run: &Run| (run.clone(), held.rows_before(run.first_host));
+    let seeing = layout.runs().iter().map(over).filter(|(_, seen)| !seen.is_empty()).collect::<Vec<_>>();
+    seeing.into_iter().map(|(run, seen)| task(&run, seen, Mask::Full)).collect()
+}
+
+/// Steps until everybody has had all that it has to see.
+fn steps(layouts: &[RankLayout]) -> usize {
+    let ranks = layouts.len();
+    let needed = |me: usize, step: usize| !tasks_over(&layouts[me], &layouts[(me + ranks - step) % ranks]).is_empty();
+    (1..ranks).rev().find(|step| (0..ranks).any(|me| needed(me, *step))).unwrap_or(0)
+}
+
+/// Sends a copy of the held rows on, so that the rows themselves can be attended to meanwhile. `lengths`: what is sent, what comes.
 fn send<B: Backend, C: Comm<B::Matrix, B::Scores>>(
     rank: &Rank<'_, B, C>,
     buffer: &mut Option<KeyValues<B::Matrix>>,
     held: &KeyValues<B::Matrix>,
-    send_rows: usize,
-    receive_rows: usize,
+    [send_rows, receive_rows]: [usize; 2],
 ) -> Result<Moving<C::Pending>, RankError> {
     let mut copy = buffer.take().expect("in place between steps");
     copy.copy_from(rank.backend, 0, held, 0, send_rows)?;
     Ok(copy.rotate(&rank.comm, send_rows, receive_rows)?)
-}
-
-/// All rows of a rank over one block.
-struct Attend<'a, B: Backend, C> {
-    rank: &'a Rank<'a, B, C>,
-    q: &'a B::Matrix,
-    rows: usize,
-}
-
-impl<B: Backend, C: Comm<B::Matrix, B::Scores>> Attend<'_, B, C> {
-    fn over(
-        &self,
-        source: KvRef<'_, B::Matrix>,
-        length: usize,
-        mask: Mask,
-        out: &mut B::Matrix,
-        lse: Option<&mut B::Scores>,
-    ) -> Result<(), RankError> {
-        if self.rows == 0 {
-            return Ok(());
-        }
-        let segments = vec![Segment { source: 0, rows: 0..length, mask }];
-        let task = AttentionTask { queries: 0..self.rows, segments };
-        self.rank.backend.attention(self.rank.shape(), self.q, &[source], &[task], out, lse)?;
-        Ok(())
-    }
 }

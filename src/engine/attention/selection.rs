@@ -3,6 +3,8 @@
 //! Invariant: equal scores are broken by position, random ones follow from seed, layer, head and position; so the choice does
 //! not depend on which rank runs the host.
 
+use std::ops::Range;
+
 use crate::backend::{Backend, BackendError};
 use crate::comm::Comm;
 use crate::engine::kv::{KeyValues, Moving};
@@ -16,10 +18,19 @@ pub struct Selection<B: Backend> {
     /// Rows with scores: up to the end of the last host here that passes something on.
     scored: usize,
     scores: B::Scores,
-    /// Compressed blocks of all hosts, in their order; elsewhere while they are on their way.
+    /// Compressed blocks of all hosts, in the order of the ranks; elsewhere while they are on their way.
     passing: Option<KeyValues<B::Matrix>>,
-    /// Rows of them that each rank fills.
+    /// The same in FP8, if that is how they travel.
+    quantized: Option<B::Matrix>,
+    /// Rows of them that each rank fills, and the rows of each host.
     counts: Vec<usize>,
+    rows: Vec<Range<usize>>,
+}
+
+/// Compressed blocks on their way.
+pub enum Gathering<P> {
+    Native(Moving<P>),
+    Fp8(P),
 }
 
 impl<B: Backend> Selection<B> {
@@ -38,15 +49,18 @@ impl<B: Backend> Selection<B> {
         }
         let (backend, ranks) = (rank.backend, rank.comm.size());
         let compress = |host: &usize| plan.hosts[*host].compressed > 0;
-        let last = layout.hosts.clone().rev().find(compress);
-        let scored = last.map_or(0, |host| layout.locals[host - layout.hosts.start].end);
-        let of_rank = |rank| plan.hosts[plan.hosts_of(rank, ranks)].iter().map(|host| host.compressed).sum();
+        let scored = layout.hosts.iter().rposition(compress).map_or(0, |index| layout.locals[index].end);
         Ok(Some(Self {
             selector: plan.selector,
             scored,
             scores: backend.scores(rank.shape().kv_heads, scored.max(1))?,
             passing: Some(KeyValues::new(backend, rank.shape(), plan.compressed())?),
-            counts: (0..ranks).map(of_rank).collect(),
+            quantized: match plan.passes_in_fp8() {
+                true => Some(backend.quantized_kv(rank.shape(), plan.compressed())?),
+                false => None,
+            },
+            counts: plan.compressed_of_ranks(ranks),
+            rows: plan.compressed_rows(ranks),
         }))
     }
 
@@ -54,7 +68,6 @@ impl<B: Backend> Selection<B> {
     pub fn score_before_rope<C: Comm<B::Matrix, B::Scores>>(
         &mut self,
         rank: &Rank<'_, B, C>,
-        plan: &PrefillPlan,
         layer: usize,
         state: &PrefillState<B>,
     ) -> Result<(), RankError> {
@@ -67,8 +80,7 @@ impl<B: Backend> Selection<B> {
                 rank.backend.retaining_scores(self.scored, qkv, &head.w1, &head.w2, &mut self.scores)?;
             }
             (Selector::Random { seed }, _) => {
-                let first = plan.hosts[state.layout.hosts.start].local.start;
-                let values = random_scores(seed, layer, rank.shape().kv_heads, &state.layout, first, self.scored);
+                let values = random_scores(seed, layer, rank.shape().kv_heads, &state.positions[..self.scored]);
                 rank.backend.set_scores(&values, &mut self.scores)?;
             }
             _ => {}
@@ -82,25 +94,42 @@ impl<B: Backend> Selection<B> {
         rank: &Rank<'_, B, C>,
         plan: &PrefillPlan,
         state: &PrefillState<B>,
-    ) -> Result<Moving<C::Pending>, RankError> {
+    ) -> Result<Gathering<C::Pending>, RankError> {
         let mut passing = self.passing.take().expect("in place between layers");
-        for (index, host) in state.layout.hosts.clone().enumerate() {
+        for (index, &host) in state.layout.hosts.iter().enumerate() {
             if plan.hosts[host].compressed > 0 {
                 let chosen = self.choose(rank, plan, state, index)?;
-                let destination = passing.at(plan.compressed_before(host));
+                let destination = passing.at(self.rows[host].start);
                 rank.backend.gather_kv(rank.shape(), &chosen, 0, state.working.view(), destination)?;
             }
         }
-        Ok(passing.all_gather(&rank.comm, &self.counts)?)
+        let Some(mut quantized) = self.quantized.take() else {
+            return Ok(Gathering::Native(passing.all_gather(&rank.comm, &self.counts)?));
+        };
+        let me = rank.comm.rank();
+        let (first, own) = (self.counts[..me].iter().sum(), self.counts[me]);
+        rank.backend.quantize_kv(rank.shape(), passing.view(), first, own, &mut quantized, first)?;
+        self.passing = Some(passing);
+        Ok(Gathering::Fp8(rank.comm.all_gather(quantized, &self.counts)?))
     }
 
     /// Awaits what [`Selection::start`] started: the compressed blocks of all hosts.
     pub fn finish<C: Comm<B::Matrix, B::Scores>>(
         &mut self,
         rank: &Rank<'_, B, C>,
-        gathering: Moving<C::Pending>,
+        gathering: Gathering<C::Pending>,
     ) -> Result<&KeyValues<B::Matrix>, RankError> {
-        Ok(self.passing.insert(KeyValues::arrived(&rank.comm, gathering)?))
+        match gathering {
+            Gathering::Native(moving) => Ok(self.passing.insert(KeyValues::arrived(&rank.comm, moving)?)),
+            Gathering::Fp8(moving) => {
+                let quantized = self.quantized.insert(rank.comm.finish(moving)?);
+                let passing = self.passing.as_mut().expect("left in place");
+                // The rank's own blocks too: what a host sees does not depend on where it runs.
+                let rows = self.counts.iter().sum();
+                rank.backend.restore_kv(rank.shape(), quantized, 0, rows, passing.at(0))?;
+                Ok(passing)
+            }
+        }
     }
 
     /// The best rows of a host; `index` counts the hosts of this rank.
@@ -112,7 +141,7 @@ impl<B: Backend> Selection<B> {
         index: usize,
     ) -> Result<B::Rows, RankError> {
         let layout = &state.layout;
-        let (host, local) = (layout.hosts.start + index, layout.locals[index].clone());
+        let (host, local) = (layout.hosts[index], layout.locals[index].clone());
         if self.selector == Selector::QueryAware {
             let (probe, qkv, k) = (layout.probes[index].clone(), &state.activations.qkv, state.working.keys());
             rank.backend.query_aware_scores(rank.shape(), probe, qkv, self.scored, k, &mut self.scores)?;
@@ -126,23 +155,9 @@ impl<B: Backend> Selection<B> {
 }
 
 /// Scores in `0..1` for each KV head and row; those of the anchor are never looked at.
-fn random_scores(
-    seed: u64,
-    layer: usize,
-    kv_heads: usize,
-    layout: &RankLayout,
-    first_position: usize,
-    rows: usize,
-) -> Vec<f32> {
-    let before = layout.local_rows().start;
-    let mut values = vec![0.0; kv_heads * rows];
-    for head in 0..kv_heads {
-        for row in before..rows {
-            let position = first_position + row - before;
-            values[head * rows + row] = random_score(seed, layer, head, position);
-        }
-    }
-    values
+fn random_scores(seed: u64, layer: usize, kv_heads: usize, positions: &[u32]) -> Vec<f32> {
+    let of_head = |head| positions.iter().map(move |position| random_score(seed, layer, head, *position as usize));
+    (0..kv_heads).flat_map(of_head).collect()
 }
 
 /// The random score of a token: 24 bits of a mix (splitmix64) of all that identifies it.

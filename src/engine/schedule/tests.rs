@@ -9,6 +9,7 @@ use super::*;
 const BUDGET: u64 = 100;
 const LAYERS: usize = 4;
 const RATE: f64 = 1000.0;
+const STEP_S: f64 = 0.01;
 
 /// A sequence that comes at a step, and generates so many tokens.
 #[derive(Debug, Clone)]
@@ -53,6 +54,7 @@ struct Run {
 fn simulate(arrivals: &[Arrival]) -> Run {
     let mut schedule = Schedule::new(limits());
     schedule.learn(RATE);
+    schedule.learn_step(STEP_S);
     let mut run = Run::default();
     let mut left: BTreeMap<SequenceId, usize> = BTreeMap::new();
     let (mut came, mut stall) = (0, 0.0);
@@ -157,7 +159,7 @@ proptest! {
             let came = arrivals[id.0 as usize].at_step;
             let later = run.began.keys().filter(overtaking).count();
             // Beside those that were patient with it, some may have overtaken what prefilled: at most one for each quarter of it.
-            let most = PATIENCE as usize + 4 * (*id).0 as usize + 4;
+            let most = PATIENCE as usize + 4 * id.0 as usize + 4;
             prop_assert!(later <= most, "{id:?} came at {came}, {later} later ones began before it");
         }
     }
@@ -185,6 +187,18 @@ fn short_contexts_that_keep_coming_take_at_most_half_of_a_long_ones_time() {
     let others = run.steps[..last].iter().filter(|step| matches!(step, Step::Layer(id) if id.0 > 0)).count();
     let (own, of_others) = (100.0 * LAYERS as f64, 20.0 * others as f64);
     assert!(of_others > 0.0 && of_others <= own + 20.0 * LAYERS as f64, "{of_others} beside {own}");
+}
+
+#[test]
+fn after_a_long_layer_several_steps_are_due() {
+    let mut generating = one(0, 1.0, 1);
+    generating.tokens = 40;
+    let run = simulate(&[generating, one(1, 1000.0, 1)]);
+    let begin = run.steps.iter().position(|step| *step == Step::Begin(SequenceId(1))).unwrap();
+    let layer = begin + run.steps[begin..].iter().position(|step| matches!(step, Step::Layer(_))).unwrap();
+    let steps = run.steps[layer + 1..].iter().take_while(|step| matches!(step, Step::Generate(_))).count();
+    // A tenth of a second of steps of a hundredth.
+    assert!((9..=11).contains(&steps), "{steps}");
 }
 
 #[test]

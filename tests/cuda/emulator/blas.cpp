@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "streams.h"
+
 using Status = int;
 static constexpr Status OK = 0, NOT_SUPPORTED = 15;
 static constexpr int F32 = 0, BF16 = 14;
@@ -76,19 +78,24 @@ Status cublasLtMatmulAlgoGetHeuristic(void*, void*, void*, void*, void*, void*, 
 }
 
 Status cublasLtMatmul(void*, const Product* product, const float* alpha, const void* a, const Layout* la, const void* b, const Layout* lb, const float* beta,
-                      const void* c, const Layout* lc, void* d, const Layout* ld, const void*, void*, size_t, void*) {
-    const uint64_t inner = product->transposed[0] ? la->rows : la->cols;
-    for (uint64_t col = 0; col < ld->cols; ++col)
-        for (uint64_t row = 0; row < ld->rows; ++row) {
-            float sum = 0.f;
-            for (uint64_t k = 0; k < inner; ++k)
-                sum += read(a, la->type, product->transposed[0] ? row * la->stride + k : k * la->stride + row) *
-                       read(b, lb->type, product->transposed[1] ? k * lb->stride + col : col * lb->stride + k);
-            sum *= *alpha;
-            if (*beta != 0.f) sum += *beta * read(c, lc->type, col * lc->stride + row);
-            if (product->epilogue == 4) sum += read(product->bias, BF16, row);
-            write(d, ld->type, col * ld->stride + row, sum);
-        }
+                      const void* c, const Layout* lc, void* d, const Layout* ld, const void*, void*, size_t, emulator::Stream* stream) {
+    if (emulator::device_of(stream) != emulator::current_device()) return NOT_SUPPORTED;
+    // Descriptors and scalars are the caller's again when this returns.
+    emulator::issue(stream, [=, product = *product, alpha = *alpha, beta = *beta, la = *la, lb = *lb, lc = *lc, ld = *ld] {
+        const uint64_t inner = product.transposed[0] ? la.rows : la.cols;
+        for (uint64_t col = 0; col < ld.cols; ++col)
+            for (uint64_t row = 0; row < ld.rows; ++row) {
+                float sum = 0.f;
+                for (uint64_t k = 0; k < inner; ++k)
+                    sum += read(a, la.type, product.transposed[0] ? row * la.stride + k : k * la.stride + row) *
+                           read(b, lb.type, product.transposed[1] ? k * lb.stride + col : col * lb.stride + k);
+                sum *= alpha;
+                if (beta != 0.f) sum += beta * read(c, lc.type, col * lc.stride + row);
+                if (product.epilogue == 4) sum += read(product.bias, BF16, row);
+                write(d, ld.type, col * ld.stride + row, sum);
+            }
+        return std::string();
+    });
     return OK;
 }
 

@@ -1,26 +1,40 @@
-// A CUDA driver (libcuda.so) whose one device is the emulator: what the CUDA backend calls of it, with host memory as device memory and
-// streams that are always up to date.
+// A CUDA driver (libcuda.so) whose devices are emulated: what the CUDA backend calls of it, with host memory as device memory.
 //
-// The device calls itself of compute capability APBD_EMULATED_CAPABILITY (90 unless set). Launches draw their seeds from APBD_EMULATED_SEED.
+// There are APBD_EMULATED_DEVICES devices (8 unless set) of compute capability APBD_EMULATED_CAPABILITY (90 unless set), in two halves that are joined
+// by NVLink within. Launches draw their seeds from APBD_EMULATED_SEED.
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <vector>
 
 #include "registry.h"
 #include "simt.h"
+#include "streams.h"
 
+using emulator::Event;
+using emulator::Stream;
 using Result = int;
-static constexpr Result OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, NOT_FOUND = 500, LAUNCH_FAILED = 719;
+static constexpr Result OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, INVALID_DEVICE = 101, INVALID_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500,
+                        NOT_READY = 600, LAUNCH_FAILED = 719;
 static constexpr size_t MEMORY_BYTES = size_t(2) << 30;
 
-static std::mutex one_launch;
-static std::map<std::string, emulator::Kernel>& kernels() {
-    static std::map<std::string, emulator::Kernel> all;
-    return all;
+// Kernels run one at a time, whatever the device: the block that runs is global. Never destroyed, because streams may outlive main.
+static std::mutex& one_launch() {
+    static auto* mutex = new std::mutex;
+    return *mutex;
 }
-static std::string last_failure;
+static std::map<std::string, emulator::Kernel>& kernels() {
+    static auto* all = new std::map<std::string, emulator::Kernel>;
+    return *all;
+}
+// Page-locked memory, from its start to its size.
+static std::map<uintptr_t, size_t>& pinned() {
+    static auto* all = new std::map<uintptr_t, size_t>;
+    return *all;
+}
+static std::mutex pinned_lock;
 
 emulator::Registration::Registration(const char* name, Kernel kernel) { kernels()[name] = std::move(kernel); }
 
@@ -29,12 +43,37 @@ static long setting(const char* name, long otherwise) {
     return value ? std::atol(value) : otherwise;
 }
 
+static int devices() { return setting("APBD_EMULATED_DEVICES", 8); }
+
+static bool is_pinned(const void* at) {
+    const std::lock_guard<std::mutex> lock(pinned_lock);
+    auto after = pinned().upper_bound(reinterpret_cast<uintptr_t>(at));
+    if (after == pinned().begin()) return false;
+    --after;
+    return reinterpret_cast<uintptr_t>(at) < after->first + after->second;
+}
+
+// A failed device does nothing any more, and says so at every call.
+static Result health(int device) { return emulator::failure_of(device).empty() ? OK : LAUNCH_FAILED; }
+
+// Work may be issued on a stream of the current device alone.
+static Result enqueue(Stream* stream, emulator::Work work) {
+    if (emulator::device_of(stream) != emulator::current_device()) return INVALID_CONTEXT;
+    if (health(emulator::device_of(stream)) != OK) return LAUNCH_FAILED;
+    emulator::issue(stream, std::move(work));
+    return OK;
+}
+
+static Result copy(Stream* stream, void* to, const void* from, size_t bytes) {
+    return enqueue(stream, [=] { return std::memmove(to, from, bytes), std::string(); });
+}
+
 extern "C" {
 
 Result cuInit(unsigned) { return OK; }
 Result cuDriverGetVersion(int* version) { return *version = setting("APBD_EMULATED_DRIVER", 13000), OK; }
-Result cuDeviceGetCount(int* count) { return *count = 1, OK; }
-Result cuDeviceGet(int* device, int ordinal) { return *device = ordinal, ordinal == 0 ? OK : INVALID; }
+Result cuDeviceGetCount(int* count) { return *count = devices(), OK; }
+Result cuDeviceGet(int* device, int ordinal) { return *device = ordinal, ordinal < devices() ? OK : INVALID_DEVICE; }
 Result cuDeviceGetName(char* name, int bytes, int) { return std::strncpy(name, "emulator", bytes), OK; }
 Result cuDeviceTotalMem_v2(size_t* bytes, int) { return *bytes = MEMORY_BYTES, OK; }
 Result cuDeviceGetAttribute(int* value, int attribute, int) {
@@ -47,9 +86,18 @@ Result cuDeviceGetAttribute(int* value, int attribute, int) {
         default: return INVALID;
     }
 }
-Result cuDevicePrimaryCtxRetain(void** context, int) { return *context = context, OK; }
+Result cuDeviceGetP2PAttribute(int* value, int attribute, int from, int to) {
+    const bool near = (from < devices() / 2) == (to < devices() / 2);
+    switch (attribute) {
+        case 1: return *value = near ? 0 : 1, OK;  // rank of the link's speed, 0 the best
+        case 2: return *value = 1, OK;             // whether there is one
+        default: return INVALID;
+    }
+}
+// A context is told from others by its device.
+Result cuDevicePrimaryCtxRetain(void** context, int device) { return *context = reinterpret_cast<void*>(uintptr_t(device) + 1), OK; }
 Result cuDevicePrimaryCtxRelease_v2(int) { return OK; }
-Result cuCtxSetCurrent(void*) { return OK; }
+Result cuCtxSetCurrent(void* context) { return emulator::make_current(int(reinterpret_cast<uintptr_t>(context)) - 1), OK; }
 Result cuMemGetInfo_v2(size_t* free, size_t* total) { return *free = *total = MEMORY_BYTES, OK; }
 
 Result cuMemAlloc_v2(uint64_t* at, size_t bytes) {
@@ -61,25 +109,50 @@ Result cuMemAlloc_v2(uint64_t* at, size_t bytes) {
 Result cuMemFree_v2(uint64_t at) { return std::free(reinterpret_cast<void*>(at)), OK; }
 Result cuMemHostAlloc(void** at, size_t bytes, unsigned) {
     *at = std::aligned_alloc(4096, (bytes + 4095) / 4096 * 4096);
-    return *at ? OK : OUT_OF_MEMORY;
+    if (!*at) return OUT_OF_MEMORY;
+    const std::lock_guard<std::mutex> lock(pinned_lock);
+    pinned()[reinterpret_cast<uintptr_t>(*at)] = bytes;
+    return OK;
 }
-Result cuMemFreeHost(void* at) { return std::free(at), OK; }
-Result cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, void*) { return std::memmove(reinterpret_cast<void*>(to), from, bytes), OK; }
-Result cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void*) { return std::memmove(to, reinterpret_cast<void*>(from), bytes), OK; }
-Result cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, void*) {
-    return std::memmove(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes), OK;
+Result cuMemFreeHost(void* at) {
+    const std::lock_guard<std::mutex> lock(pinned_lock);
+    pinned().erase(reinterpret_cast<uintptr_t>(at));
+    return std::free(at), OK;
 }
-Result cuMemsetD8Async(uint64_t at, unsigned char value, size_t bytes, void*) { return std::memset(reinterpret_cast<void*>(at), value, bytes), OK; }
+// Pinned memory is read when the copy's turn comes, other memory at once.
+Result cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, Stream* stream) {
+    if (is_pinned(from)) return copy(stream, reinterpret_cast<void*>(to), from, bytes);
+    const auto* first = static_cast<const uint8_t*>(from);
+    return enqueue(stream, [to, taken = std::vector<uint8_t>(first, first + bytes)] {
+        return std::memcpy(reinterpret_cast<void*>(to), taken.data(), taken.size()), std::string();
+    });
+}
+Result cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, Stream* stream) { return copy(stream, to, reinterpret_cast<void*>(from), bytes); }
+Result cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t bytes, Stream* stream) {
+    return copy(stream, reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes);
+}
+Result cuMemsetD8Async(uint64_t at, unsigned char value, size_t bytes, Stream* stream) {
+    return enqueue(stream, [=] { return std::memset(reinterpret_cast<void*>(at), value, bytes), std::string(); });
+}
 
-Result cuStreamCreate(void** stream, unsigned) { return *stream = stream, OK; }
-Result cuStreamDestroy_v2(void*) { return OK; }
-Result cuStreamSynchronize(void*) { return OK; }
-Result cuStreamWaitEvent(void*, void*, unsigned) { return OK; }
-Result cuEventCreate(void** event, unsigned) { return *event = event, OK; }
-Result cuEventDestroy_v2(void*) { return OK; }
-Result cuEventRecord(void*, void*) { return OK; }
-Result cuEventSynchronize(void*) { return OK; }
-Result cuEventElapsedTime_v2(float* milliseconds, void*, void*) { return *milliseconds = 0.f, OK; }
+Result cuStreamCreate(Stream** stream, unsigned) { return *stream = emulator::open_stream(emulator::current_device()), OK; }
+Result cuStreamDestroy_v2(Stream* stream) { return emulator::close_stream(stream), OK; }
+Result cuStreamSynchronize(Stream* stream) { return emulator::synchronize(stream), health(emulator::device_of(stream)); }
+Result cuStreamWaitEvent(Stream* stream, Event* event, unsigned) { return emulator::wait_for(stream, event), health(emulator::device_of(stream)); }
+Result cuEventCreate(Event** event, unsigned) { return *event = emulator::open_event(emulator::current_device()), OK; }
+Result cuEventDestroy_v2(Event* event) { return emulator::close_event(event), OK; }
+Result cuEventRecord(Event* event, Stream* stream) {
+    if (emulator::device_of(event) != emulator::device_of(stream)) return INVALID_HANDLE;
+    return emulator::record(event, stream), health(emulator::device_of(stream));
+}
+Result cuEventQuery(Event* event) {
+    if (health(emulator::device_of(event)) != OK) return LAUNCH_FAILED;
+    return emulator::has_passed(event) ? OK : NOT_READY;
+}
+Result cuEventSynchronize(Event* event) { return emulator::synchronize(event), health(emulator::device_of(event)); }
+Result cuEventElapsedTime_v2(float* milliseconds, Event* start, Event* end) {
+    return *milliseconds = emulator::milliseconds_between(start, end), emulator::has_passed(start) && emulator::has_passed(end) ? OK : NOT_READY;
+}
 
 Result cuModuleLoadData(void** module, const void*) { return *module = module, OK; }
 Result cuModuleUnload(void*) { return OK; }
@@ -90,31 +163,40 @@ Result cuModuleGetFunction(void** function, void*, const char* name) {
     return OK;
 }
 Result cuFuncSetAttribute(void*, int, int) { return OK; }
-Result cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, unsigned shared_bytes, void*, void** parameters, void**) {
-    static std::atomic<uint64_t> launches{0};
-    if (!gx || !gy || !gz || gy > 65535 || gz > 65535 || bx * by * bz > 1024 || bx * by * bz % 32) return INVALID;
-    const std::lock_guard<std::mutex> lock(one_launch);
-    const auto& kernel = *static_cast<emulator::Kernel*>(function);
-    const uint64_t seed = setting("APBD_EMULATED_SEED", 0) + ++launches;
-    last_failure = emulator::run({gx, gy, gz}, {bx, by, bz}, shared_bytes, seed, [&] { kernel(parameters); });
-    return last_failure.empty() ? OK : LAUNCH_FAILED;
-}
 
 struct LaunchConfig {
     unsigned grid[3], block[3], shared_bytes;
-    void *stream, *attributes;
+    Stream* stream;
+    void* attributes;
     unsigned attribute_count;
 };
-// Attributes let launches overlap; here they never do.
-Result cuLaunchKernelEx(const LaunchConfig* c, void* function, void** parameters, void** extra) {
-    return cuLaunchKernel(function, c->grid[0], c->grid[1], c->grid[2], c->block[0], c->block[1], c->block[2], c->shared_bytes, c->stream, parameters, extra);
+// Attributes let launches overlap; here those of one stream never do.
+Result cuLaunchKernelEx(const LaunchConfig* config, void* function, void** parameters, void**) {
+    static std::atomic<uint64_t> launches{0};
+    const LaunchConfig c = *config;
+    const unsigned threads = c.block[0] * c.block[1] * c.block[2];
+    if (!c.grid[0] || !c.grid[1] || !c.grid[2] || c.grid[1] > 65535 || c.grid[2] > 65535 || threads > 1024 || threads % 32) return INVALID;
+    const uint64_t seed = setting("APBD_EMULATED_SEED", 0) + ++launches;
+    return enqueue(c.stream, [c, seed, run = (*static_cast<emulator::Kernel*>(function))(parameters)] {
+        const std::lock_guard<std::mutex> lock(one_launch());
+        return emulator::run({c.grid[0], c.grid[1], c.grid[2]}, {c.block[0], c.block[1], c.block[2]}, c.shared_bytes, seed, run);
+    });
 }
 
 Result cuGetErrorName(Result result, const char** name) {
-    *name = result == OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY" : result == LAUNCH_FAILED ? "CUDA_ERROR_LAUNCH_FAILED" : "CUDA_ERROR";
-    return OK;
+    switch (result) {
+        case OUT_OF_MEMORY: return *name = "CUDA_ERROR_OUT_OF_MEMORY", OK;
+        case INVALID_CONTEXT: return *name = "CUDA_ERROR_INVALID_CONTEXT", OK;
+        case INVALID_HANDLE: return *name = "CUDA_ERROR_INVALID_HANDLE", OK;
+        case LAUNCH_FAILED: return *name = "CUDA_ERROR_LAUNCH_FAILED", OK;
+        default: return *name = "CUDA_ERROR", OK;
+    }
 }
-Result cuGetErrorString(Result result, const char** text) { return *text = result == LAUNCH_FAILED ? last_failure.c_str() : "emulated error", OK; }
+Result cuGetErrorString(Result result, const char** text) {
+    static thread_local std::string failure;
+    failure = result == LAUNCH_FAILED ? emulator::failure_of(emulator::current_device()) : "emulated error";
+    return *text = failure.c_str(), OK;
+}
 
 // The map is read by copy_box of the emulator.
 Result cuTensorMapEncodeTiled(void* map, int, unsigned rank, void* base, const uint64_t* size, const uint64_t* stride, const uint32_t* box,

@@ -2,12 +2,15 @@
 #pragma once
 
 #include <functional>
+#include <memory>
+#include <tuple>
+#include <type_traits>
 #include <utility>
 
 namespace emulator {
 
-// Runs the kernel for the current thread, its parameters given by address as to cuLaunchKernel.
-using Kernel = std::function<void(void**)>;
+// Takes the parameters over, given by address as to cuLaunchKernel; what comes back runs the kernel for the current thread.
+using Kernel = std::function<std::function<void()>(void**)>;
 
 struct Registration {
     Registration(const char* name, Kernel kernel);
@@ -15,7 +18,11 @@ struct Registration {
 
 template <class... Parameters, size_t... I>
 Kernel with_parameters(void (*kernel)(Parameters...), std::index_sequence<I...>) {
-    return [kernel](void** at) { kernel(*static_cast<std::remove_cvref_t<Parameters>*>(at[I])...); };
+    using Values = std::tuple<std::remove_cvref_t<Parameters>...>;
+    return [kernel](void** at) -> std::function<void()> {
+        const auto values = std::make_shared<Values>(*static_cast<std::remove_cvref_t<Parameters>*>(at[I])...);
+        return [kernel, values] { std::apply(kernel, *values); };
+    };
 }
 template <class... Parameters>
 Kernel with_parameters(void (*kernel)(Parameters...)) {

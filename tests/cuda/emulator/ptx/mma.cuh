@@ -24,6 +24,7 @@ inline float bf16_at(const void* at) {
     return bits_to_float(uint32_t(bits) << 16);
 }
 inline float part(uint32_t pair, int i) { return bits_to_float(i ? pair & 0xffff0000u : pair << 16); }
+inline float half_part(uint32_t pair, int i) { return half_to_float(uint16_t(pair >> (16 * i))); }
 
 }  // namespace emulator
 
@@ -39,6 +40,7 @@ void copy_async(void* to, const void* from, bool valid) {
     else emulator::copies().open.push_back(copy);
 }
 inline void copy_async16(void* to, const void* from, bool valid) { copy_async<16>(to, from, valid); }
+inline void copy_async8(void* to, const void* from, bool valid) { copy_async<8>(to, from, valid); }
 inline void copy_async4(void* to, const void* from, bool valid) { copy_async<4>(to, from, valid); }
 inline void copy_async_commit() {
     auto& mine = emulator::copies();
@@ -77,7 +79,8 @@ inline void load_matrices_transposed(uint32_t (&to)[4], const void* row) {
     }
 }
 
-inline void multiply_add(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+// `element` takes an operand's element out of its pair.
+inline void multiply_add_of(float (*element)(uint32_t, int), float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
     const auto slots = emulator::exchange(mine, sizeof mine);
     const int lane = emulator::current->lane;
@@ -90,10 +93,12 @@ inline void multiply_add(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t
         const int row = lane / 4, half = i / 2, column = lane % 4 * 2 + i % 2;
         float sum = d[i];
         for (int k = 0; k < 16; ++k) {
-            const float x = emulator::part(word(row * 4 + k % 8 / 2, half + k / 8 * 2), k % 2);
-            const float y = emulator::part(word(column * 4 + k % 8 / 2, 4 + k / 8), k % 2);
+            const float x = element(word(row * 4 + k % 8 / 2, half + k / 8 * 2), k % 2);
+            const float y = element(word(column * 4 + k % 8 / 2, 4 + k / 8), k % 2);
             sum += x * y;
         }
         d[i] = sum;
     }
 }
+inline void multiply_add(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { multiply_add_of(emulator::part, d, a, b0, b1); }
+inline void multiply_add_half(float* d, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { multiply_add_of(emulator::half_part, d, a, b0, b1); }

@@ -41,17 +41,35 @@ inline uint32_t round_bf16(float value) {
 }
 inline uint32_t pack_bf16(float low, float high) { return round_bf16(low) | round_bf16(high) << 16; }
 
-inline uint32_t multiply_bf16x2(uint32_t a, uint32_t b) {
-    return pack_bf16(bits_to_float(a << 16) * bits_to_float(b << 16), bits_to_float(a & 0xffff0000u) * bits_to_float(b & 0xffff0000u));
+inline uint32_t round_half(float value) {
+    const uint32_t sign = std::signbit(value) ? 0x8000 : 0;
+    const float size = std::fabs(value);
+    if (size != size) return 0x7fff;
+    if (size >= 65520.f) return sign | 0x7c00;
+    // Below the least normal half steps are 2^-24; above, ten bits follow the leading one.
+    const int exponent = size < 0x1p-14f ? -14 : std::ilogb(size);
+    const uint32_t steps = uint32_t(std::nearbyint(std::ldexp(size, 10 - exponent)));
+    return sign | (uint32_t(exponent + 14) << 10) + steps;
+}
+inline uint32_t pack_half(float low, float high) { return round_half(low) | round_half(high) << 16; }
+template <int HALF>
+uint32_t decode_fp8x2(uint32_t codes) {
+    uint32_t pair = 0;
+    for (int i = 0; i < 2; ++i) {
+        const int code = codes >> (16 * HALF + 8 * i) & 0xff, exponent = code >> 3 & 15, mantissa = code & 7;
+        const float size = exponent ? std::ldexp(float(8 + mantissa), exponent - 10) : std::ldexp(float(mantissa), -9);
+        pair |= round_half(code & 0x80 ? -size : size) << (16 * i);
+    }
+    return pair;
 }
 template <uint32_t SELECTOR>
-uint32_t spread_bytes(uint32_t bytes) {
-    uint32_t spread = 0;
+uint32_t pick_bytes(uint32_t a, uint32_t b) {
+    uint32_t picked = 0;
     for (int i = 0; i < 4; ++i) {
         const uint32_t from = SELECTOR >> (4 * i) & 7;
-        if (from < 4) spread |= (bytes >> (8 * from) & 0xff) << (8 * i);
+        picked |= ((from < 4 ? a : b) >> (8 * (from % 4)) & 0xff) << (8 * i);
     }
-    return spread;
+    return picked;
 }
 
 inline float half_to_float(uint16_t bits) {
@@ -65,6 +83,8 @@ inline float half_to_float(uint16_t bits) {
 // Launches never overlap here.
 inline void wait_for_earlier_grids() {}
 inline void let_the_next_grid_start() {}
+
+inline void prefetch_line(const void*) {}
 
 inline float exp2_approx(float x) { return std::exp2(x); }
 inline float rsqrtf(float x) { return 1.f / std::sqrt(x); }

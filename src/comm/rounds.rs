@@ -12,12 +12,16 @@ use std::time::{Duration, Instant};
 
 use crate::comm::CommError;
 
+/// Why a communicator ends whose rank's end was dropped.
+const GONE: &str = "the rank went away";
+
 /// Which collective a rank called, with the sizes that have to agree.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Call {
     AllGather { counts: Vec<usize>, cols: usize },
     AllGatherScores { counts: Vec<usize>, cols: usize },
     Rotate { send_rows: usize, receive_rows: usize, cols: usize },
+    AllToAll { send: Vec<usize>, receive: Vec<usize>, cols: usize },
     Broadcast { root: usize },
     Barrier,
 }
@@ -35,6 +39,8 @@ pub(super) struct Rounds {
     deadline: Duration,
     state: Mutex<State>,
     changed: Condvar,
+    /// The communicator has ended, or a rank's end is gone.
+    fewer: Condvar,
 }
 
 struct State {
@@ -55,6 +61,7 @@ impl Call {
             Call::AllGather { .. } => "all-gather",
             Call::AllGatherScores { .. } => "all-gather of scores",
             Call::Rotate { .. } => "rotate",
+            Call::AllToAll { .. } => "all-to-all",
             Call::Broadcast { .. } => "broadcast",
             Call::Barrier => "barrier",
         }
@@ -72,6 +79,10 @@ impl Call {
                     && (!follows(peer, rank) || send_rows == peer_receives)
                     && (!follows(rank, peer) || receive_rows == peer_sends)
             }
+            (
+                Call::AllToAll { send, receive, cols },
+                Call::AllToAll { send: peer_sends, receive: peer_receives, cols: peer_cols },
+            ) => cols == peer_cols && send[peer] == peer_receives[rank] && receive[peer] == peer_sends[rank],
             _ => self == other,
         }
     }
@@ -85,6 +96,9 @@ impl fmt::Display for Call {
             }
             Call::Rotate { send_rows, receive_rows, cols } => {
                 write!(f, "rotate sending {send_rows} and receiving {receive_rows} rows of {cols}")
+            }
+            Call::AllToAll { send, receive, cols } => {
+                write!(f, "all-to-all sending {send:?} and receiving {receive:?} rows of {cols}")
             }
             Call::Broadcast { root } => write!(f, "broadcast from {root}"),
             Call::Barrier => write!(f, "barrier"),
@@ -133,7 +147,7 @@ impl Round {
 impl Rounds {
     pub(super) fn new(size: usize, deadline: Duration) -> Self {
         let state = State { open: BTreeMap::new(), aborted: None, left: vec![false; size] };
-        Self { deadline, state: Mutex::new(state), changed: Condvar::new() }
+        Self { deadline, state: Mutex::new(state), changed: Condvar::new(), fewer: Condvar::new() }
     }
 
     /// Brings `deposit` to a round. Fails if the communicator was aborted, or if the round's calls disagree.
@@ -148,9 +162,44 @@ impl Rounds {
         let mismatch = opened.mismatch(rank);
         self.changed.notify_all();
         match mismatch {
-            Some(error) => Err(state.fail(rank, error)),
+            Some(error) => {
+                self.fewer.notify_all();
+                Err(state.fail(rank, error))
+            }
             None => state.check_aborted(),
         }
+    }
+
+    /// Comes to a round from which nobody takes anything: the call is compared with those of the others, whoever comes last.
+    #[cfg(feature = "cuda")]
+    pub(super) fn join(&self, round: u64, rank: usize, call: Call) -> Result<(), CommError> {
+        self.deposit(round, rank, Deposit { call, rows: Arc::default(), value: 0 })?;
+        self.lock().taken_by_one(round);
+        Ok(())
+    }
+
+    /// Why the communicator has ended, if it has or does so within `wait`. A rank that is gone while `rank` waits for it ends it too.
+    #[cfg(feature = "cuda")]
+    pub(super) fn ended(&self, rank: usize, wait: Duration) -> Option<CommError> {
+        let mut state = self.lock();
+        if state.aborted.is_none() && !wait.is_zero() {
+            state = self.fewer.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        if let Some(gone) = state.missed_by(rank) {
+            state.abort(gone, GONE);
+            self.wake_all();
+        }
+        state.aborted.clone()
+    }
+
+    /// Ends the communicator because of what `rank` has met; `false` if it had ended before.
+    #[cfg(feature = "cuda")]
+    pub(super) fn fail(&self, rank: usize, error: &CommError) -> bool {
+        let mut state = self.lock();
+        let is_first = state.aborted.is_none();
+        state.abort(rank, &error.to_string());
+        self.wake_all();
+        is_first
     }
 
     /// Waits until every rank has come to a round and returns what they brought, by rank.
@@ -159,12 +208,14 @@ impl Rounds {
         let mut state = self.lock();
         loop {
             if let Some(result) = state.poll(round, rank) {
-                self.changed.notify_all();
+                if result.is_err() {
+                    self.wake_all();
+                }
                 return result;
             }
             let Some(left) = until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) else {
                 let error = CommError::TimedOut { op, rank, seconds: self.deadline.as_secs() };
-                self.changed.notify_all();
+                self.wake_all();
                 return Err(state.fail(rank, error));
             };
             state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
@@ -174,13 +225,18 @@ impl Rounds {
     /// Ends the communicator. The first reason is kept.
     pub(super) fn abort(&self, rank: usize, reason: &str) {
         self.lock().abort(rank, reason);
-        self.changed.notify_all();
+        self.wake_all();
     }
 
     /// Notes that a rank's end is gone: whoever waits for it is woken.
     pub(super) fn leave(&self, rank: usize) {
         self.lock().left[rank] = true;
+        self.wake_all();
+    }
+
+    fn wake_all(&self) {
         self.changed.notify_all();
+        self.fewer.notify_all();
     }
 
     /// A rank that panicked while holding the lock left the state whole: nothing in here calls foreign code.
@@ -217,14 +273,31 @@ impl State {
         }
         if open.deposits.iter().all(Option::is_some) {
             let deposits = open.deposits.iter().flatten().cloned().collect();
+            self.taken_by_one(round);
+            return Some(Ok(deposits));
+        }
+        let gone = (0..size).find(|&peer| open.deposits[peer].is_none() && self.left[peer])?;
+        self.abort(gone, GONE);
+        self.aborted.clone().map(Err)
+    }
+
+    /// One rank needs the round no more; without any that does it is dropped.
+    fn taken_by_one(&mut self, round: u64) {
+        let size = self.left.len();
+        if let Some(open) = self.open.get_mut(&round) {
             open.taken += 1;
             if open.taken == size {
                 self.open.remove(&round);
             }
-            return Some(Ok(deposits));
         }
-        let gone = (0..size).find(|&peer| open.deposits[peer].is_none() && self.left[peer])?;
-        self.abort(gone, "the rank went away");
-        self.aborted.clone().map(Err)
+    }
+
+    /// A rank that is gone and has not come to a round that `rank` has come to.
+    #[cfg(feature = "cuda")]
+    fn missed_by(&self, rank: usize) -> Option<usize> {
+        let waits = self.open.values().filter(|round| round.deposits[rank].is_some());
+        waits
+            .flat_map(|round| (0..self.left.len()).filter(|&peer| round.deposits[peer].is_none() && self.left[peer]))
+            .next()
     }
 }

@@ -1,0 +1,526 @@
+//! Ranks on GPUs, joined by NCCL: one rank a device, any number of them in one process.
+//!
+//! Rows go from device to device on a stream of their own, beside the computing: a collective begins when what was computed before it is done, and
+//! [`Comm::finish`] makes what is computed after it wait; the host waits for neither. What is not rows (a word, a barrier, whether the sizes agree) goes
+//! through the ranks' common memory. A thread watches each rank, see [`watch`].
+//!
+//! Invariant: memory that a collective uses is not given back before the device's computing waits for that collective; a communicator that has failed is
+//! never used again.
+#![allow(unsafe_code)]
+
+mod library;
+mod transfers;
+mod watch;
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+pub use library::{LIBRARY_VARIABLE, UniqueId, leave_multicast_off};
+
+use super::rounds::{Call, Deposit, Rounds};
+use super::{Comm, CommError};
+use crate::backend::cuda::{Cuda, CudaMatrix, CudaScores, Lane, Mark};
+use crate::backend::{Backend, BackendError};
+use library::{Handle, Nccl, Progress, Transfer};
+
+/// How long a wait that is expected to be short spins before it sleeps.
+const SPIN: Duration = Duration::from_micros(300);
+/// How long it sleeps at a time after that.
+const NAP: Duration = Duration::from_micros(50);
+
+/// How long ranks wait for each other.
+#[derive(Debug, Clone, Copy)]
+pub struct Deadlines {
+    /// Until all are there and connected.
+    pub start: Duration,
+    /// For one collective, from when a rank has asked for it until its device has passed it. What is computed before counts too.
+    pub collective: Duration,
+}
+
+/// One rank's end of a communicator between GPUs.
+pub struct NcclComm {
+    shared: Arc<Shared>,
+    /// Collectives started so far by this rank: the number of the next round.
+    started: AtomicU64,
+    watch: Option<JoinHandle<()>>,
+}
+
+/// What a rank shares with its watch.
+struct Shared {
+    rank: usize,
+    size: usize,
+    deadline: Duration,
+    nccl: &'static Nccl,
+    rounds: Arc<Rounds>,
+    /// Gone once aborted.
+    handle: Mutex<Option<Handle>>,
+    /// Collectives that the device may not have passed yet, in their order.
+    under_way: Mutex<VecDeque<UnderWay>>,
+    /// What this rank itself has met, until it is told to its caller.
+    met: Mutex<Option<CommError>>,
+    closing: AtomicBool,
+    lane: Lane,
+}
+
+struct UnderWay {
+    op: &'static str,
+    since: Instant,
+    mark: Arc<Mark>,
+}
+
+/// A collective that has been started, and its matrices.
+#[must_use = "a started collective has to be finished"]
+pub struct Pending {
+    shared: Arc<Shared>,
+    mark: Arc<Mark>,
+    /// What the caller gets back; absent once it has.
+    rows: Option<CudaMatrix>,
+    /// What is sent from, where that is another.
+    sent: Option<CudaMatrix>,
+}
+
+fn device_error(op: &'static str) -> impl Fn(BackendError) -> CommError {
+    move |error| CommError::Device { op, reason: error.to_string() }
+}
+
+impl NcclComm {
+    /// The ends of a communicator between devices of this process, by rank, connected and tried.
+    ///
+    /// # Panics
+    /// If there are no devices.
+    pub fn group(devices: &[Arc<Cuda>], deadlines: Deadlines) -> Result<Vec<Self>, CommError> {
+        assert!(!devices.is_empty(), "a communicator has at least one rank");
+        let start = |reason| CommError::Device { op: "start", reason };
+        let (nccl, id) = (library::nccl().map_err(start)?, UniqueId::new().map_err(start)?);
+        let rounds = Arc::new(Rounds::new(devices.len(), deadlines.collective));
+        let mut ends = Vec::with_capacity(devices.len());
+        for (rank, device) in devices.iter().enumerate() {
+            ends.push(Self::begin(nccl, id, (rank, devices.len()), device, rounds.clone(), deadlines)?);
+        }
+        let outcomes: Vec<_> = thread::scope(|scope| {
+            let threads: Vec<_> = ends.iter().map(|end| scope.spawn(|| end.connect(deadlines.start))).collect();
+            threads.into_iter().map(thread::ScopedJoinHandle::join).collect()
+        });
+        let mut worst = Ok(());
+        for outcome in outcomes {
+            let outcome = outcome.unwrap_or_else(|_| Err(start("a rank panicked".to_owned())));
+            // What other ranks say of a failure is only its echo.
+            if worst.is_ok() || (matches!(worst, Err(CommError::Aborted { .. })) && outcome.is_err()) {
+                worst = outcome;
+            }
+        }
+        worst?;
+        ends.into_iter().map(Self::with_watch).collect()
+    }
+
+    /// One rank's end, not yet connected.
+    fn begin(
+        nccl: &'static Nccl,
+        id: UniqueId,
+        (rank, size): (usize, usize),
+        device: &Arc<Cuda>,
+        rounds: Arc<Rounds>,
+        deadlines: Deadlines,
+    ) -> Result<Self, CommError> {
+        let lane = Lane::new(device).map_err(device_error("start"))?;
+        lane.bind("start").map_err(device_error("start"))?;
+        let handle = nccl.begin(id, rank, size).map_err(|reason| CommError::Device { op: "start", reason })?;
+        let shared = Arc::new(Shared {
+            rank,
+            size,
+            deadline: deadlines.collective,
+            nccl,
+            rounds,
+            handle: Mutex::new(Some(handle)),
+            under_way: Mutex::default(),
+            met: Mutex::default(),
+            closing: AtomicBool::new(false),
+            lane,
+        });
+        Ok(Self { shared, started: AtomicU64::new(0), watch: None })
+    }
+
+    /// Waits until all ranks are there, and has each of them send to each other once: connections are made at the first use, and this is it.
+    fn connect(&self, within: Duration) -> Result<(), CommError> {
+        let shared = &*self.shared;
+        let until = Instant::now() + within;
+        let result = shared.with_handle("start", |handle| shared.issued("start", handle, Progress::UnderWay, until));
+        result.and_then(|()| self.try_out(until)).map_err(|error| shared.fail(error))
+    }
+
+    fn try_out(&self, until: Instant) -> Result<(), CommError> {
+        let (shared, op) = (&*self.shared, "start");
+        let (rank, size, cuda) = (shared.rank, shared.size, shared.lane.cuda());
+        let rows = cuda.matrix(size, 1).map_err(device_error(op))?;
+        let at = rows.extent(0, size).map_err(device_error(op))?.address;
+        let mut uneven = vec![1; size];
+        uneven[size - 1] = 0;
+        for counts in [vec![1; size], uneven] {
+            let transfers = transfers::all_gather(rank, &counts, 2, at);
+            // SAFETY: (1) the matrix has a row for every rank, and is kept until the device has passed the mark below.
+            let mark = unsafe { shared.issue(op, &transfers, until) }?;
+            shared.wait_for(op, &mark, until)?;
+        }
+        Ok(())
+    }
+
+    /// The ends of a group that is connected begin to watch.
+    fn with_watch(mut self) -> Result<Self, CommError> {
+        let shared = self.shared.clone();
+        let name = format!("apbd-nccl-{}", shared.rank);
+        let watch = thread::Builder::new().name(name).spawn(move || watch::watch(&shared));
+        self.watch = Some(watch.map_err(|error| CommError::Device { op: "start", reason: error.to_string() })?);
+        Ok(self)
+    }
+
+    /// The rank's device.
+    pub fn device(&self) -> &Arc<Cuda> {
+        self.shared.lane.cuda()
+    }
+
+    /// Waits on the host until the device has passed every collective that was started. Tells what went wrong with them, if anything did.
+    pub fn settle(&self) -> Result<(), CommError> {
+        let shared = &*self.shared;
+        loop {
+            let oldest = shared.lock_under_way().front().map(|oldest| (oldest.op, oldest.mark.clone(), oldest.since));
+            let Some((op, mark, since)) = oldest else { return shared.check() };
+            shared.wait_for(op, &mark, since + shared.deadline).map_err(|error| shared.fail(error))?;
+            shared.lock_under_way().retain(|other| !Arc::ptr_eq(&other.mark, &mark));
+        }
+    }
+
+    /// Comes to the next round with what this call is; whoever comes last compares.
+    fn join(&self, call: Call) -> Result<(), CommError> {
+        let round = self.started.fetch_add(1, Ordering::Relaxed);
+        self.shared.own(self.shared.rounds.join(round, self.shared.rank, call))
+    }
+
+    /// A collective that carries one word, awaited.
+    fn exchange(&self, call: Call, value: u64) -> Result<Vec<Deposit>, CommError> {
+        let (round, op) = (self.started.fetch_add(1, Ordering::Relaxed), call.op());
+        let Shared { rounds, rank, .. } = &*self.shared;
+        let deposit = Deposit { call, rows: Arc::default(), value };
+        let taken = rounds.deposit(round, *rank, deposit).and_then(|()| rounds.take(round, *rank, op));
+        self.shared.own(taken)
+    }
+
+    /// Starts `transfers` on matrices that are kept until they are done: `rows` for the caller, `sent` for the transfers alone.
+    fn start(
+        &self,
+        call: Call,
+        transfers: impl FnOnce(&CudaMatrix) -> Result<Vec<Transfer>, BackendError>,
+        rows: CudaMatrix,
+        sent: Option<CudaMatrix>,
+    ) -> Result<Pending, CommError> {
+        let op = call.op();
+        let transfers = transfers(&rows).map_err(device_error(op))?;
+        self.join(call)?;
+        // SAFETY: (1) the matrices are kept in what is returned, until the device's computing waits for the mark.
+        let mark = unsafe { self.shared.start(op, &transfers) };
+        match mark {
+            Ok(mark) => Ok(Pending { shared: self.shared.clone(), mark, rows: Some(rows), sent }),
+            Err(error) => Err(self.shared.give_up(op, error)),
+        }
+    }
+
+    fn check_counts(&self, op: &'static str, rows: usize, counts: &[usize]) -> Result<(), CommError> {
+        let wanted: usize = counts.iter().sum();
+        if counts.len() != self.shared.size || wanted > rows {
+            return Err(self.refuse(op, format!("{} counts for {rows} rows", self.shared.size), format!("{counts:?}")));
+        }
+        Ok(())
+    }
+
+    /// A call that is wrong by itself: the other ranks would wait for it in vain, so it ends the communicator.
+    fn refuse(&self, op: &'static str, expected: String, got: String) -> CommError {
+        let error = CommError::Mismatch { op, rank: self.shared.rank, expected, got };
+        let _ = self.shared.rounds.fail(self.shared.rank, &error);
+        error
+    }
+}
+
+impl Shared {
+    fn lock_under_way(&self) -> MutexGuard<'_, VecDeque<UnderWay>> {
+        self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn timed_out(&self, op: &'static str) -> CommError {
+        CommError::TimedOut { op, rank: self.rank, seconds: self.deadline.as_secs() }
+    }
+
+    /// Ends the communicator because of what this rank has met. What its caller is to be told comes back: what ended it first.
+    fn fail(&self, error: CommError) -> CommError {
+        match self.rounds.fail(self.rank, &error) {
+            true => error,
+            false => self.check().err().unwrap_or(error),
+        }
+    }
+
+    /// As [`Shared::fail`], with nobody there to be told: the caller learns it at its next call.
+    fn fail_later(&self, error: CommError) {
+        let mut met = self.met.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.rounds.fail(self.rank, &error) {
+            *met = Some(error);
+        }
+    }
+
+    /// That the communicator has ended, in the words of this rank where it was the one that ended it.
+    fn own<T>(&self, result: Result<T, CommError>) -> Result<T, CommError> {
+        result.map_err(|error| {
+            let met = self.met.lock().unwrap_or_else(PoisonError::into_inner).take();
+            met.unwrap_or(error)
+        })
+    }
+
+    /// Whether the communicator still works.
+    fn check(&self) -> Result<(), CommError> {
+        self.own(self.rounds.ended(self.rank, Duration::ZERO).map_or(Ok(()), Err))
+    }
+
+    fn with_handle<T>(
+        &self,
+        op: &'static str,
+        work: impl FnOnce(&Handle) -> Result<T, CommError>,
+    ) -> Result<T, CommError> {
+        match &*self.handle.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(handle) => work(handle),
+            None => {
+                self.check()?;
+                Err(CommError::Device { op, reason: "the communicator has ended".to_owned() })
+            }
+        }
+    }
+
+    /// Lets the device go: what it does for the communicator stops where it is.
+    fn abort_device(&self) {
+        let handle = self.handle.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(handle) = handle {
+            // Should it fail, the device stays where it is, and the process is the last word.
+            let _ = self.lane.bind("abort");
+            let _ = self.nccl.abort(handle);
+        }
+    }
+
+    /// Starts a collective after what has been computed, and notes it for the watch.
+    ///
+    /// # Safety
+    /// 1. What the transfers touch is this device's memory, and stays allocated until the device's computing waits for the lane.
+    unsafe fn start(&self, op: &'static str, transfers: &[Transfer]) -> Result<Arc<Mark>, CommError> {
+        let since = Instant::now();
+        // SAFETY: (1) by the caller.
+        let mark = Arc::new(unsafe { self.issue(op, transfers, since + self.deadline) }?);
+        self.lock_under_way().push_back(UnderWay { op, since, mark: mark.clone() });
+        Ok(mark)
+    }
+
+    /// Issues transfers on the lane, after what has been computed.
+    ///
+    /// # Safety
+    /// As for [`Shared::start`].
+    unsafe fn issue(&self, op: &'static str, transfers: &[Transfer], until: Instant) -> Result<Mark, CommError> {
+        self.lane.follow(op).map_err(device_error(op))?;
+        if !transfers.is_empty() {
+            self.with_handle(op, |handle| {
+                // SAFETY: (1) by the caller; (2) the lane is of the rank's device, which `follow` has made current.
+                let begun = unsafe { self.nccl.transfer(handle, transfers, self.lane.raw()) };
+                let begun = begun.map_err(|reason| CommError::Device { op, reason })?;
+                self.issued(op, handle, begun, until)
+            })?;
+        }
+        self.lane.mark().map_err(device_error(op))
+    }
+
+    /// Waits until what was begun has been issued to the device, which is usually at once.
+    fn issued(
+        &self,
+        op: &'static str,
+        handle: &Handle,
+        mut progress: Progress,
+        until: Instant,
+    ) -> Result<(), CommError> {
+        let begun = Instant::now();
+        while progress == Progress::UnderWay {
+            self.pause(op, begun, until)?;
+            progress = self.nccl.poll(handle).map_err(|reason| CommError::Device { op, reason })?;
+        }
+        Ok(())
+    }
+
+    /// Waits on the host until the device has passed a mark.
+    fn wait_for(&self, op: &'static str, mark: &Mark, until: Instant) -> Result<(), CommError> {
+        let begun = Instant::now();
+        while !mark.has_passed().map_err(device_error(op))? {
+            self.pause(op, begun, until)?;
+        }
+        // What an aborted collective left is no result.
+        self.check()
+    }
+
+    /// One turn of a wait that began at `begun`: ends it if the communicator has ended, or at `until`.
+    fn pause(&self, op: &'static str, begun: Instant, until: Instant) -> Result<(), CommError> {
+        self.check()?;
+        if Instant::now() >= until {
+            return Err(self.timed_out(op));
+        }
+        match begun.elapsed() < SPIN {
+            true => thread::yield_now(),
+            false => thread::sleep(NAP),
+        }
+        Ok(())
+    }
+
+    /// After a collective that could not be issued whole: its memory is about to be given back, and part of it may be under way.
+    fn give_up(&self, op: &'static str, error: CommError) -> CommError {
+        let error = self.fail(error);
+        self.abort_device();
+        if let Ok(mark) = self.lane.mark() {
+            // A device that takes no more work does none on that memory either.
+            let _ = self.lane.rejoin(&mark).map_err(device_error(op));
+        }
+        error
+    }
+}
+
+impl Pending {
+    /// Makes what is computed from here on wait for the collective.
+    fn rejoin(&self) -> Result<(), CommError> {
+        self.shared.lane.rejoin(&self.mark).map_err(device_error("finish"))
+    }
+
+    /// What was received and what was sent.
+    fn finish(mut self) -> Result<(CudaMatrix, Option<CudaMatrix>), CommError> {
+        self.rejoin()?;
+        let rows = self.rows.take().expect("taken once");
+        self.shared.check()?;
+        Ok((rows, self.sent.take()))
+    }
+}
+
+impl Drop for Pending {
+    fn drop(&mut self) {
+        // Not finished: the matrices are about to be given back. Should this fail, the device does no more work at all.
+        if self.rows.is_some() {
+            let _ = self.rejoin();
+        }
+    }
+}
+
+impl Comm<CudaMatrix, CudaScores> for NcclComm {
+    type Pending = Pending;
+    type Exchange = Pending;
+
+    fn rank(&self) -> usize {
+        self.shared.rank
+    }
+
+    fn size(&self) -> usize {
+        self.shared.size
+    }
+
+    fn all_gather(&self, rows: CudaMatrix, counts: &[usize]) -> Result<Pending, CommError> {
+        self.check_counts("all-gather", rows.rows(), counts)?;
+        let call = Call::AllGather { counts: counts.to_vec(), cols: rows.cols() };
+        let transfers = |rows: &CudaMatrix| {
+            let at = rows.extent(0, rows.rows())?.address;
+            Ok(transfers::all_gather(self.shared.rank, counts, rows.extent(0, 1)?.bytes, at))
+        };
+        self.start(call, transfers, rows, None)
+    }
+
+    fn rotate(&self, rows: CudaMatrix, send_rows: usize, receive_rows: usize) -> Result<Pending, CommError> {
+        let most = send_rows.max(receive_rows);
+        if most > rows.rows() {
+            return Err(self.refuse("rotate", format!("{} rows at most", rows.rows()), format!("{most} rows")));
+        }
+        let call = Call::Rotate { send_rows, receive_rows, cols: rows.cols() };
+        // What comes must not meet what goes.
+        let received = self.device().matrix(rows.rows(), rows.cols()).map_err(device_error("rotate"))?;
+        let send = rows.extent(0, send_rows).map_err(device_error("rotate"))?;
+        let transfers = |received: &CudaMatrix| {
+            Ok(transfers::rotate(self.shared.rank, self.shared.size, send, received.extent(0, receive_rows)?))
+        };
+        self.start(call, transfers, received, Some(rows))
+    }
+
+    fn all_to_all(
+        &self,
+        send: CudaMatrix,
+        send_counts: &[usize],
+        receive: CudaMatrix,
+        receive_counts: &[usize],
+    ) -> Result<Pending, CommError> {
+        let op = "all-to-all";
+        self.check_counts(op, send.rows(), send_counts)?;
+        self.check_counts(op, receive.rows(), receive_counts)?;
+        let cols = send.cols();
+        if receive.cols() != cols {
+            let got = format!("rows of {} to receive", receive.cols());
+            return Err(self.refuse(op, format!("rows of {cols}, as are sent"), got));
+        }
+        let call = Call::AllToAll { send: send_counts.to_vec(), receive: receive_counts.to_vec(), cols };
+        let from = send.extent(0, send.rows()).map_err(device_error(op))?.address;
+        let transfers = |receive: &CudaMatrix| {
+            let to = receive.extent(0, receive.rows())?.address;
+            let row_bytes = receive.extent(0, 1)?.bytes;
+            Ok(transfers::all_to_all(self.shared.rank, (from, send_counts), (to, receive_counts), row_bytes))
+        };
+        self.start(call, transfers, receive, Some(send))
+    }
+
+    fn finish_all_to_all(&self, exchange: Pending) -> Result<(CudaMatrix, CudaMatrix), CommError> {
+        let (received, sent) = exchange.finish()?;
+        Ok((sent.expect("an all-to-all sends from a matrix of its own"), received))
+    }
+
+    fn finish(&self, pending: Pending) -> Result<CudaMatrix, CommError> {
+        pending.finish().map(|(rows, _)| rows)
+    }
+
+    fn all_gather_scores(&self, rows: &mut CudaScores, counts: &[usize]) -> Result<(), CommError> {
+        let op = "all-gather of scores";
+        self.check_counts(op, rows.rows(), counts)?;
+        self.join(Call::AllGatherScores { counts: counts.to_vec(), cols: rows.cols() })?;
+        let extent = |count| rows.extent(0, count).map_err(device_error(op));
+        let (whole, row) = (extent(rows.rows())?, extent(1)?);
+        let transfers = transfers::all_gather(self.shared.rank, counts, row.bytes, whole.address);
+        // SAFETY: (1) the scores are borrowed until the computing waits for them, below or in `give_up`.
+        match unsafe { self.shared.start(op, &transfers) } {
+            Ok(mark) => self.shared.lane.rejoin(&mark).map_err(device_error(op))?,
+            Err(error) => return Err(self.shared.give_up(op, error)),
+        }
+        self.shared.check()
+    }
+
+    fn broadcast(&self, root: usize, value: u64) -> Result<u64, CommError> {
+        if root >= self.shared.size {
+            return Err(self.refuse("broadcast", format!("a root below {}", self.shared.size), format!("{root}")));
+        }
+        Ok(self.exchange(Call::Broadcast { root }, value)?[root].value)
+    }
+
+    fn barrier(&self) -> Result<(), CommError> {
+        self.exchange(Call::Barrier, 0).map(drop)
+    }
+
+    fn abort(&self, reason: &str) {
+        self.shared.rounds.abort(self.shared.rank, reason);
+    }
+}
+
+impl Drop for NcclComm {
+    fn drop(&mut self) {
+        // Peers may still need what this rank has promised them; one that fails meanwhile ends the wait.
+        if !thread::panicking() {
+            let _ = self.settle();
+        }
+        self.shared.closing.store(true, Ordering::Release);
+        self.shared.rounds.leave(self.shared.rank);
+        if let Some(watch) = self.watch.take() {
+            let _ = watch.join();
+        }
+        self.shared.abort_device();
+    }
+}

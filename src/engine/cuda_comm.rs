@@ -1,0 +1,118 @@
+//! What joins the ranks of an engine on GPUs: NCCL, or nothing where there is one.
+//!
+//! Invariant: an engine on one GPU needs no NCCL.
+
+use crate::backend::cuda::{CudaMatrix, CudaScores};
+use crate::comm::nccl::{self, NcclComm};
+use crate::comm::solo::SoloComm;
+use crate::comm::{Comm, CommError};
+
+/// One rank's end.
+pub enum CudaComm {
+    /// The only rank's.
+    Alone(SoloComm),
+    /// One of several.
+    Group(NcclComm),
+}
+
+/// A collective that has been started.
+#[must_use = "a started collective has to be finished"]
+pub enum Pending {
+    /// Done as it was started.
+    Alone(CudaMatrix),
+    /// Between devices.
+    Group(nccl::Pending),
+}
+
+/// An all-to-all that has been started.
+#[must_use = "a started all-to-all has to be finished"]
+pub enum Exchange {
+    /// Done as it was started.
+    Alone((CudaMatrix, CudaMatrix)),
+    /// Between devices.
+    Group(nccl::Pending),
+}
+
+const ONE_END: &str = "a collective is finished by the end that started it";
+
+/// The same call on either kind of end, over matrices of a GPU.
+macro_rules! either {
+    ($self:expr, $method:ident($($argument:expr),*)) => {
+        match $self {
+            CudaComm::Alone(end) => Comm::<CudaMatrix, CudaScores>::$method(end, $($argument),*),
+            CudaComm::Group(end) => end.$method($($argument),*),
+        }
+    };
+    ($self:expr, $method:ident($($argument:expr),*) as $started:ident) => {
+        match $self {
+            CudaComm::Alone(end) => {
+                Comm::<CudaMatrix, CudaScores>::$method(end, $($argument),*).map($started::Alone)
+            }
+            CudaComm::Group(end) => end.$method($($argument),*).map($started::Group),
+        }
+    };
+    ($self:expr, $method:ident($started:ident: $value:expr)) => {
+        match ($self, $value) {
+            (CudaComm::Alone(end), $started::Alone(started)) => {
+                Comm::<CudaMatrix, CudaScores>::$method(end, started)
+            }
+            (CudaComm::Group(end), $started::Group(started)) => end.$method(started),
+            _ => unreachable!("{ONE_END}"),
+        }
+    };
+}
+
+impl Comm<CudaMatrix, CudaScores> for CudaComm {
+    type Pending = Pending;
+    type Exchange = Exchange;
+
+    fn rank(&self) -> usize {
+        either!(self, rank())
+    }
+
+    fn size(&self) -> usize {
+        either!(self, size())
+    }
+
+    fn all_gather(&self, rows: CudaMatrix, counts: &[usize]) -> Result<Pending, CommError> {
+        either!(self, all_gather(rows, counts) as Pending)
+    }
+
+    fn rotate(&self, rows: CudaMatrix, send_rows: usize, receive_rows: usize) -> Result<Pending, CommError> {
+        either!(self, rotate(rows, send_rows, receive_rows) as Pending)
+    }
+
+    fn all_to_all(
+        &self,
+        send: CudaMatrix,
+        send_counts: &[usize],
+        receive: CudaMatrix,
+        receive_counts: &[usize],
+    ) -> Result<Exchange, CommError> {
+        either!(self, all_to_all(send, send_counts, receive, receive_counts) as Exchange)
+    }
+
+    fn finish_all_to_all(&self, exchange: Exchange) -> Result<(CudaMatrix, CudaMatrix), CommError> {
+        either!(self, finish_all_to_all(Exchange: exchange))
+    }
+
+    fn finish(&self, pending: Pending) -> Result<CudaMatrix, CommError> {
+        either!(self, finish(Pending: pending))
+    }
+
+    fn all_gather_scores(&self, rows: &mut CudaScores, counts: &[usize]) -> Result<(), CommError> {
+        either!(self, all_gather_scores(rows, counts))
+    }
+
+    fn broadcast(&self, root: usize, value: u64) -> Result<u64, CommError> {
+        either!(self, broadcast(root, value))
+    }
+
+    fn barrier(&self) -> Result<(), CommError> {
+        either!(self, barrier())
+    }
+
+    fn abort(&self, reason: &str) {
+        either!(self, abort(reason));
+    }
+}

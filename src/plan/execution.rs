@@ -1,0 +1,54 @@
+//! How a plan is carried out: which rank runs which hosts, what hides behind what, in which type blocks travel.
+//!
+//! Invariant: placement and overlap change the order of additions at most; the type of the passing blocks changes the result,
+//! and does so alike on any number of ranks.
+
+use serde::{Deserialize, Serialize};
+
+/// Which hosts share a rank.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Placement {
+    /// Neighbours: each rank has a run of hosts.
+    #[default]
+    Contiguous,
+    /// Dealt to and fro, the last host first: with 2R hosts on R ranks, rank r has hosts r and 2R-1-r. Later hosts see more,
+    /// so that this evens out what the ranks have to do.
+    Paired,
+}
+
+/// In which type compressed blocks go from rank to rank.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PassingType {
+    /// As they are computed.
+    #[default]
+    Native,
+    /// FP8 (e4m3), a scale for every row and KV head: about half the bytes of bf16, at some cost in exactness.
+    Fp8,
+}
+
+/// Options of execution; the default is what a request without them gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Execution {
+    /// Which hosts share a rank.
+    pub placement: Placement,
+    /// Whether what comes from other ranks is awaited while attention over a rank's own rows is computed, and merged in afterwards.
+    pub overlap: bool,
+    /// In which type compressed blocks travel.
+    pub passing_type: PassingType,
+}
+
+impl Default for Execution {
+    fn default() -> Self {
+        Self { placement: Placement::default(), overlap: true, passing_type: PassingType::default() }
+    }
+}
+
+impl Execution {
+    /// Whether these are the options of a request without any.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
+}

@@ -1,0 +1,245 @@
+//! Communicators that dawdle, and that give up at a chosen call: no rank hangs, all of them end with an error, and new ranks do better.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use apbd::backend::cpu::{Matrix, Scores};
+use apbd::comm::local::LocalComm;
+use apbd::comm::{Comm, CommError};
+use apbd::engine::{EngineError, Job};
+use apbd::plan::{AttentionMode, Selector};
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
+
+use super::models::{GROUPED, TinyModel, distinct_tokens};
+use super::oracle::Case;
+use super::runs::{self, DEADLINE, Forced};
+use super::strategies::EXECUTIONS;
+
+/// What a rank calls.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Kind {
+    AllGather,
+    AllGatherScores,
+    Rotate,
+    AllToAll,
+    Finish,
+    FinishAllToAll,
+    Broadcast,
+    Barrier,
+}
+
+/// What a rank does instead of a call.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Fault {
+    /// Aborts, and goes on as if nothing had happened.
+    Abort,
+    /// Fails by itself.
+    Fail,
+    /// Panics.
+    Panic,
+}
+
+/// At which call of which kind.
+type At = (Kind, usize, Fault);
+
+/// One rank's end that dawdles before every call.
+struct Unruly {
+    inner: LocalComm,
+    delays: Mutex<StdRng>,
+    fault: Option<At>,
+    calls: Arc<Mutex<BTreeMap<Kind, usize>>>,
+    /// Whether a call has failed here.
+    failed: Arc<AtomicBool>,
+}
+
+impl Unruly {
+    /// What happens before a call.
+    fn meet(&self, kind: Kind) -> Result<(), CommError> {
+        let pause = self.delays.lock().unwrap().random_range(0..400);
+        // Most calls come at once, a few late.
+        if pause < 100 {
+            std::thread::sleep(Duration::from_micros(pause));
+        }
+        let mut calls = self.calls.lock().unwrap();
+        let call = calls.entry(kind).or_default();
+        *call += 1;
+        match self.fault {
+            Some((of, at, fault)) if (of, at) == (kind, *call - 1) => {
+                drop(calls);
+                self.strike(fault)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn strike(&self, fault: Fault) -> Result<(), CommError> {
+        match fault {
+            Fault::Abort => {
+                Comm::<Matrix, Scores>::abort(&self.inner, "struck");
+                Ok(())
+            }
+            Fault::Fail => Err(CommError::Device { op: "struck", reason: "struck".to_owned() }),
+            Fault::Panic => {
+                self.failed.store(true, Ordering::SeqCst);
+                panic!("struck")
+            }
+        }
+    }
+
+    fn call<T>(&self, kind: Kind, work: impl FnOnce(&LocalComm) -> Result<T, CommError>) -> Result<T, CommError> {
+        let outcome = self.meet(kind).and_then(|()| work(&self.inner));
+        if outcome.is_err() {
+            self.failed.store(true, Ordering::SeqCst);
+        }
+        outcome
+    }
+}
+
+impl Comm<Matrix, Scores> for Unruly {
+    type Pending = <LocalComm as Comm<Matrix, Scores>>::Pending;
+    type Exchange = <LocalComm as Comm<Matrix, Scores>>::Exchange;
+
+    fn rank(&self) -> usize {
+        self.inner.rank()
+    }
+    fn size(&self) -> usize {
+        self.inner.size()
+    }
+    fn all_gather(&self, rows: Matrix, counts: &[usize]) -> Result<Self::Pending, CommError> {
+        self.call(Kind::AllGather, |inner| inner.all_gather(rows, counts))
+    }
+    fn rotate(&self, rows: Matrix, send_rows: usize, receive_rows: usize) -> Result<Self::Pending, CommError> {
+        self.call(Kind::Rotate, |inner| inner.rotate(rows, send_rows, receive_rows))
+    }
+    fn all_to_all(
+        &self,
+        send: Matrix,
+        send_counts: &[usize],
+        receive: Matrix,
+        receive_counts: &[usize],
+    ) -> Result<Self::Exchange, CommError> {
+        self.call(Kind::AllToAll, |inner| inner.all_to_all(send, send_counts, receive, receive_counts))
+    }
+    fn finish_all_to_all(&self, exchange: Self::Exchange) -> Result<(Matrix, Matrix), CommError> {
+        self.call(Kind::FinishAllToAll, |inner| inner.finish_all_to_all(exchange))
+    }
+    fn finish(&self, pending: Self::Pending) -> Result<Matrix, CommError> {
+        self.call(Kind::Finish, |inner| inner.finish(pending))
+    }
+    fn all_gather_scores(&self, rows: &mut Scores, counts: &[usize]) -> Result<(), CommError> {
+        self.call(Kind::AllGatherScores, |inner| inner.all_gather_scores(rows, counts))
+    }
+    fn broadcast(&self, root: usize, value: u64) -> Result<u64, CommError> {
+        self.call(Kind::Broadcast, |inner| Comm::<Matrix, Scores>::broadcast(inner, root, value))
+    }
+    fn barrier(&self) -> Result<(), CommError> {
+        self.call(Kind::Barrier, Comm::<Matrix, Scores>::barrier)
+    }
+    fn abort(&self, reason: &str) {
+        Comm::<Matrix, Scores>::abort(&self.inner, reason);
+    }
+}
+
+const RANKS: usize = 3;
+
+/// A run on three ranks.
+struct Trial {
+    model: TinyModel,
+    tokens: Vec<u32>,
+    case: Case,
+}
+
+/// What came of it.
+struct Ended {
+    outcome: Result<Vec<Vec<f32>>, EngineError>,
+    /// Calls of each rank by kind.
+    calls: Vec<BTreeMap<Kind, usize>>,
+    failed: Vec<bool>,
+}
+
+impl Trial {
+    fn new(mode: AttentionMode, selector: Selector, execution: apbd::plan::Execution) -> Self {
+        let case =
+            Case { mode, hosts: 6, anchor: 12, passing: 3, query_at: 2, query_in_anchor: true, selector, execution };
+        Self { model: TinyModel::new(GROUPED, 1), tokens: distinct_tokens(67, 1), case }
+    }
+
+    fn run(&self, seed: u64, fault: Option<(usize, At)>) -> Ended {
+        let (context, query) = self.tokens.split_at(60);
+        let plan = runs::plan(&self.case, context.len(), query.len());
+        let job = Job { context, query, plan: &plan, new_tokens: 2 };
+        let calls: Vec<Arc<Mutex<BTreeMap<Kind, usize>>>> = (0..RANKS).map(|_| Arc::default()).collect();
+        let failed: Vec<Arc<AtomicBool>> = (0..RANKS).map(|_| Arc::default()).collect();
+        let end = |(rank, inner): (usize, LocalComm)| Unruly {
+            inner,
+            delays: Mutex::new(StdRng::seed_from_u64(100 * seed + rank as u64)),
+            fault: fault.filter(|(culprit, _)| *culprit == rank).map(|(_, at)| at),
+            calls: calls[rank].clone(),
+            failed: failed[rank].clone(),
+        };
+        let ends = LocalComm::group(RANKS, DEADLINE).into_iter().enumerate().map(end).collect();
+        let mut driver = Forced::new(&[5, 6]);
+        let outcome = runs::run_over(&self.model, &job, ends, &mut driver).map(|_| driver.logits);
+        Ended {
+            outcome,
+            calls: calls.iter().map(|calls| calls.lock().unwrap().clone()).collect(),
+            failed: failed.iter().map(|failed| failed.load(Ordering::SeqCst)).collect(),
+        }
+    }
+}
+
+/// Every strategy once, with all that a communicator can do among them.
+fn trials() -> Vec<Trial> {
+    let apb = |execution| Trial::new(AttentionMode::Apb, Selector::RetainingHead, execution);
+    let mut trials: Vec<Trial> = EXECUTIONS.iter().map(|execution| apb(*execution)).collect();
+    for mode in [AttentionMode::Ring, AttentionMode::Ulysses, AttentionMode::Star] {
+        trials.push(Trial::new(mode, Selector::None, EXECUTIONS[2]));
+    }
+    trials.push(Trial::new(AttentionMode::Ring, Selector::None, EXECUTIONS[1]));
+    trials
+}
+
+#[test]
+fn delays_change_nothing() {
+    for trial in trials() {
+        let quiet = trial.run(0, None);
+        let logits = quiet.outcome.unwrap();
+        for seed in 1..4 {
+            let ended = trial.run(seed, None);
+            assert_eq!(ended.outcome.unwrap(), logits, "{:?}", trial.case);
+            assert_eq!((ended.calls, ended.failed), (quiet.calls.clone(), vec![false; RANKS]));
+        }
+    }
+}
+
+#[test]
+fn an_abort_in_any_collective_ends_every_rank_and_a_new_group_works() {
+    let mut kinds_struck = BTreeMap::new();
+    for (index, trial) in trials().into_iter().enumerate() {
+        let whole = trial.run(0, None);
+        let logits = whole.outcome.unwrap();
+        for (culprit, calls) in whole.calls.iter().enumerate() {
+            for (&kind, &count) in calls {
+                // The first, the last, and some between that differ from trial to trial.
+                let places = [0, count - 1, (1 + index) % count, (5 + 3 * index + culprit) % count];
+                for (place, fault) in places.into_iter().zip([Fault::Abort, Fault::Fail, Fault::Panic, Fault::Abort]) {
+                    let ended = trial.run(place as u64, Some((culprit, (kind, place, fault))));
+                    let said = format!("{:?}: {fault:?} on rank {culprit} in {kind:?} {place} of {count}", trial.case);
+                    check_struck(&ended, &said);
+                    *kinds_struck.entry(kind).or_insert(0) += 1;
+                }
+            }
+        }
+        assert_eq!(trial.run(9, None).outcome.unwrap(), logits, "{:?}", trial.case);
+    }
+    assert_eq!(kinds_struck.len(), 8, "{kinds_struck:?}");
+}
+
+fn check_struck(ended: &Ended, said: &str) {
+    let Err(EngineError::Device { reason }) = &ended.outcome else { panic!("{said}: {:?}", ended.outcome) };
+    assert!(reason.contains("struck"), "{said}: {reason}");
+    assert_eq!(ended.failed, [true; RANKS], "{said}: a rank has not noticed");
+}
