@@ -25,7 +25,7 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("store", &["job", "plan", "cost", "generate", "failpoint"]),
     ("telemetry", &[]),
     ("failpoint", &[]),
-    ("config", &["job", "store", "document", "intake", "objects", "supervise"]),
+    ("config", &["job", "store", "document", "intake", "objects"]),
     // Of the pipeline the doors know only how the process is told to stop.
     ("intake", &["job", "store", "document", "objects", "pipeline", "telemetry", "failpoint"]),
     ("outbox", &["job", "store", "intake", "objects", "pipeline", "telemetry", "failpoint"]),

@@ -34,6 +34,10 @@ impl Args {
         let mut lines = vec![(format!("configuration {}", self.config.display()), Ok("complete".to_owned()))];
         let model = model::find(config.engine.model.as_deref());
         lines.push(("model".to_owned(), model.map(|path| path.display().to_string())));
+        for group in &config.engine.groups {
+            let model = group.model.as_ref().map(|model| format!(", model {}", model.display())).unwrap_or_default();
+            lines.push((format!("group {}", group.name), Ok(format!("{}{model}", group.devices()))));
+        }
         if !self.offline {
             runtime()?.block_on(connect(&config, &clients, &mut lines));
         }

@@ -81,6 +81,8 @@ pub struct InferOutcome {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "stage")]
 pub enum Progress {
+    /// It waits for its turn; nothing is begun.
+    Waiting,
     /// Layers of the context done.
     Prefill { layers_done: usize, layers: usize },
     /// Tokens generated.
@@ -103,6 +105,15 @@ pub struct EngineInfo {
     pub concurrency: usize,
     /// Name of the device or devices.
     pub device: String,
+}
+
+/// Memory beside the weights, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Demand {
+    /// What one request needs.
+    pub needed_bytes: u64,
+    /// What all requests together may need.
+    pub available_bytes: u64,
 }
 
 fn one() -> usize {
@@ -134,8 +145,8 @@ pub enum EngineError {
     /// The engine's process ended under the request.
     #[error("the engine's process ended: {reason}")]
     Crashed { reason: String },
-    /// The engine made no progress within its budget, and was killed.
-    #[error("the engine made no progress for {seconds} s and was killed")]
+    /// The engine made no progress with it within its budget, and was killed if it did not stop.
+    #[error("the engine made no progress with it for {seconds} s")]
     Hung { seconds: u64 },
     /// No engine is there at the moment; nothing was tried.
     #[error("no engine is ready: {reason}")]
@@ -161,6 +172,10 @@ pub trait Engine: Send + Sync {
         query_at: usize,
         request: &AttentionRequest,
     ) -> Result<PrefillPlan, EngineError>;
+    /// The memory that a plan with so many generated tokens needs; absent where nobody counts.
+    fn demand(&self, _plan: &PrefillPlan, _new_tokens: usize) -> Option<Demand> {
+        None
+    }
     /// Runs one request to its end.
     fn infer(&self, request: &InferRequest, observer: Observer<'_>) -> Result<InferOutcome, EngineError>;
 }

@@ -6,6 +6,7 @@
 mod execution;
 mod layout;
 mod memory;
+pub mod route;
 mod settings;
 mod split;
 #[cfg(test)]

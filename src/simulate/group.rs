@@ -130,7 +130,10 @@ impl Group {
                     self.token(id, &mut ending.done);
                 }
             }
-            Step::Generate(ids) => ids.into_iter().for_each(|id| self.token(id, &mut ending.done)),
+            Step::Generate(ids) => {
+                self.schedule.learn_step(seconds);
+                ids.into_iter().for_each(|id| self.token(id, &mut ending.done));
+            }
             Step::Begin(_) | Step::Refuse(_) | Step::Wait => {}
         }
         ending

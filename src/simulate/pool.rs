@@ -151,7 +151,7 @@ impl<'a> Simulation<'a> {
         {
             self.claim(part, document);
         }
-        while let Some((ticket, group)) = self.router.next() {
+        while let Some((ticket, group)) = self.router.place_next() {
             let document = ticket as usize;
             self.waiting.remove(&document);
             if let Some(profile) = self.profiles.get(self.groups[group].ranks, self.documents[document].0) {

@@ -3,6 +3,7 @@
 #[path = "../services/mod.rs"]
 mod services;
 
+mod company;
 mod drops;
 mod errors;
 mod harness;
@@ -11,6 +12,7 @@ mod intake;
 mod life;
 mod objects;
 mod outputs;
+mod pool;
 mod reading;
 mod shared_database;
 mod supervision;

@@ -140,9 +140,8 @@ pub(super) fn row(options: &Options, plan: &PrefillPlan) -> Row {
     let json = json!({
         "what": "", "shape": options.shape.as_str(), "attention": format!("{:?}", plan.mode).to_lowercase(), "tokens": plan.context,
         "hosts": plan.hosts.len(), "anchor": plan.anchor.as_ref().map_or(0, |anchor| anchor.len),
-        "passing": plan.hosts.iter().map(|host| host.compressed).max(),
-        "gpus": plan.active_ranks(options.gpus()), "placement": plan.execution.placement, "overlap": plan.execution.overlap,
-        "passing_type": plan.execution.passing_type
+        "passing": plan.hosts.iter().map(|host| host.compressed).max(), "gpus": plan.active_ranks(options.gpus()),
+        "placement": plan.execution.placement, "overlap": plan.execution.overlap, "passing_type": plan.execution.passing_type
     });
     json.as_object().cloned().unwrap_or_default()
 }
