@@ -97,12 +97,13 @@ fn answer(args: &Args, model: &CostModel, mix: &Mix, nodes: usize) -> Result<Val
         ))?;
         report::print(&costs, Format::Table)?;
         let load = format!("latency with {:.0} documents an hour that come at random", per_hour * pool.times);
-        print_text(&format!("\nGroups (count x GPUs), the best first; {load}\n"))?;
+        let part = match pool.times > 1.0 {
+            true => format!(" of every {} nodes, which were simulated for all", pool.nodes),
+            false => String::new(),
+        };
+        print_text(&format!("\nGroups (count x GPUs){part}, the best first; {load}\n"))?;
         report::print(&rows, Format::Table)?;
         print_text(&format!("\n{verdict}"))?;
-        if pool.times > 1.0 {
-            print_text(&format!("Simulated: {} nodes, {:.1} times.\n", pool.nodes, pool.times))?;
-        }
     }
     Ok(
         json!({ "nodes": nodes, "gpus_per_node": per_node, "arrivals_per_hour": per_hour * pool.times, "costs": costs, "layouts": rows, "verdict": verdict }),
