@@ -46,9 +46,9 @@ impl Footprint {
     }
     /// Bytes that a rank holds whatever it works on: buffers of passes of `rows` query or generated tokens, and what its backend uses for itself.
     pub fn fixed_memory(&self, ranks: usize, rows: usize) -> u64 {
-        let stacked = if ranks > 1 { rows * ranks } else { 0 };
+        let (stacked, merged) = if ranks > 1 { (rows * ranks, rows) } else { (0, 0) };
         let working = rows * (self.row_elements() + 2 * self.kv_width() + self.hidden);
-        self.activations(working + stacked * (self.qkv_width() + self.q_width()))
+        self.activations(working + stacked * (self.qkv_width() + self.q_width()) + merged * self.q_width())
             + scores(stacked * self.heads)
             + self.scratch_bytes
     }
@@ -93,8 +93,9 @@ impl PrefillPlan {
     /// Bytes that a rank needs until the context is through all layers, and no longer.
     pub fn prefill_memory(&self, rank: usize, ranks: usize, model: &Footprint) -> u64 {
         let rows = self.layout(rank, ranks).rows.max(1);
+        let all_rows = (self.layout(rank, ranks).rows + self.query_rows()).max(1);
         let kv = 2 * model.kv_width();
-        let working = rows * (model.row_elements() + kv);
+        let working = all_rows * (model.row_elements() + kv);
         let passing = kv * self.compressed();
         let quantized = if self.passes_in_fp8() { self.compressed() * model.quantized_row_bytes() } else { 0 };
         let selection = if self.compressed() > 0 { scores(rows * model.kv_heads) } else { 0 };

@@ -169,6 +169,11 @@ pub struct PrefillPlan {
 }
 
 impl PrefillPlan {
+    /// Query tokens that go through the layers together with the context: all or none.
+    pub fn query_rows(&self) -> usize {
+        if self.execution.query_with_context && self.query <= QUERY_CHUNK { self.query } else { 0 }
+    }
+
     /// Compressed rows of the hosts before `host`, in their order: its passing block. With `hosts.len()`, those of all.
     pub fn compressed_before(&self, host: usize) -> usize {
         self.hosts[..host].iter().map(|host| host.compressed).sum()

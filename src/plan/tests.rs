@@ -102,11 +102,14 @@ fn any_selector() -> impl Strategy<Value = Option<Selector>> {
 fn any_execution() -> impl Strategy<Value = Execution> {
     let placement = prop_oneof![Just(Placement::Contiguous), Just(Placement::Paired)];
     let passing_type = prop_oneof![Just(PassingType::Native), Just(PassingType::Fp8)];
-    (placement, any::<bool>(), passing_type).prop_map(|(placement, overlap, passing_type)| Execution {
-        placement,
-        overlap,
-        passing_type,
-    })
+    (placement, any::<[bool; 2]>(), passing_type).prop_map(
+        |(placement, [overlap, query_with_context], passing_type)| Execution {
+            query_with_context,
+            placement,
+            overlap,
+            passing_type,
+        },
+    )
 }
 
 prop_compose! {

@@ -26,7 +26,8 @@ const FP8_TOLERANCE: f64 = 5e-4;
 const CLEAR_MARGIN: f64 = 1e-5;
 
 const fn execution(placement: Placement, overlap: bool) -> Execution {
-    Execution { placement, overlap, passing_type: PassingType::Native }
+    // Both are switched together, so that each way of one is seen with each way of the other somewhere.
+    Execution { placement, overlap, passing_type: PassingType::Native, query_with_context: overlap }
 }
 
 struct Tokens {
