@@ -18,8 +18,12 @@ impl CostModel {
         self.pass_s(sequences, tokens, tokens, ranks)
     }
 
-    /// Seconds of the query's pass over the prefilled context, in chunks; it ends with the first token.
+    /// Seconds from the end of the prefill to the first token: of the query's pass over the prefilled context, in chunks, or of the choice alone where it
+    /// has gone through the layers with its context.
     pub fn query_pass_s(&self, plan: &PrefillPlan, ranks: usize) -> f64 {
+        if plan.query_rows() > 0 {
+            return self.choice_s(1);
+        }
         let chunk = |first: usize| {
             let rows = QUERY_CHUNK.min(plan.query - first);
             let keys = (plan.context + first) as f64;
@@ -36,16 +40,27 @@ impl CostModel {
         let products = matrix(rates.qkv_tflops, shape.hidden * shape.qkv_width())
             + matrix(rates.o_tflops, shape.hidden * shape.q_width())
             + matrix(rates.ffn_tflops, 3 * shape.hidden * shape.intermediate);
-        let is_fp8 = shape.kept_row_bytes < 2 * shape.kv_width() * shape.element_bytes;
-        let kept_gb_s = if is_fp8 { rates.decode_fp8_gb_s } else { rates.decode_gb_s };
-        let reading = kept * shape.kept_row_bytes as f64 / ranks_s / (kept_gb_s * 1e9);
+        let reading = kept * shape.kept_row_bytes as f64 / ranks_s / (self.kept_gb_s() * 1e9);
         let attending = 4.0 * shape.q_width() as f64 * pairs / ranks_s / (rates.segments_tflops * 1e12);
         let layer = products + reading.max(attending) + rates.layer_us * 1e-6 + self.partials_s(rows, ranks);
-        shape.layers as f64 * layer + matrix(rates.qkv_tflops, shape.vocab * shape.hidden)
+        shape.layers as f64 * layer + self.choice_s(rows)
+    }
+
+    /// Seconds of the language-model head.
+    fn choice_s(&self, rows: usize) -> f64 {
+        let elements = self.shape.vocab * self.shape.hidden;
+        self.product_s(product(rows, elements), self.calibration.rates.qkv_tflops, elements)
+    }
+
+    /// GB/s at which kept keys and values are read, in the bytes they have.
+    pub(super) fn kept_gb_s(&self) -> f64 {
+        let (shape, rates) = (&self.shape, &self.calibration.rates);
+        let is_fp8 = shape.kept_row_bytes < 2 * shape.kv_width() * shape.element_bytes;
+        if is_fp8 { rates.decode_fp8_gb_s } else { rates.decode_gb_s }
     }
 
     /// Seconds in which the partial results of all ranks, and their log-sum-exps, come to every rank.
-    fn partials_s(&self, rows: usize, ranks: usize) -> f64 {
+    pub(super) fn partials_s(&self, rows: usize, ranks: usize) -> f64 {
         if ranks <= 1 {
             return 0.0;
         }

@@ -120,7 +120,11 @@ impl Group {
                 let flops_per_s = layer_flops / sequence.profile.layer_s;
                 ending.prefilled = Some((document(id), 1.0 - sequence.layers_left as f64 / layers as f64));
                 if sequence.layers_left == 0 {
+                    let has_query = sequence.query_left == 0;
                     self.schedule.learn(flops_per_s);
+                    if has_query {
+                        self.token(id, &mut ending.done);
+                    }
                 }
             }
             Step::Query(id) => {

@@ -16,7 +16,7 @@ pub struct Profile {
     pub needs: Needs,
     /// Seconds of a layer of its prefill.
     pub layer_s: f64,
-    /// Seconds of a pass of its query.
+    /// Seconds of a pass of its query after the context.
     pub query_pass_s: f64,
     /// Tokens that are kept, the query's among them.
     pub kept_tokens: usize,
@@ -86,13 +86,15 @@ impl<'a> Profiles<'a> {
 fn profile(model: &CostModel, plan: &PrefillPlan, ranks: usize, new_tokens: usize) -> Profile {
     let layers = model.shape.layers;
     let prefill = model.prefill(plan, ranks);
-    let query_passes = plan.query.div_ceil(QUERY_CHUNK).max(1);
+    // As the engine counts them: none for a query that goes with its context.
+    let query_passes = (plan.query - plan.query_rows()).div_ceil(QUERY_CHUNK);
+    let first_token_s = model.query_pass_s(plan, ranks);
     let [kept_bytes, transient_bytes] = model.memory_parts(plan, ranks, new_tokens);
     let busiest = prefill.ranks.iter().map(|rank| rank.flops).fold(0.0, f64::max);
     Profile {
         needs: Needs { layers, layer_flops: busiest / layers as f64, query_passes, kept_bytes, transient_bytes },
-        layer_s: prefill.seconds / layers as f64,
-        query_pass_s: model.query_pass_s(plan, ranks) / query_passes as f64,
+        layer_s: (prefill.seconds + if query_passes == 0 { first_token_s } else { 0.0 }) / layers as f64,
+        query_pass_s: first_token_s / query_passes.max(1) as f64,
         kept_tokens: plan.context + plan.query,
     }
 }

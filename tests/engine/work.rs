@@ -49,9 +49,8 @@ fn check(model: &TinyModel, case: &Case, ranks: usize) {
     engine::run(members, &job, &mut Forced::new(&[])).unwrap();
     let work = LayerWork::of(&plan, ranks, &shape(model));
     for (rank, backend) in backends.iter().enumerate() {
-        // The last layer ends with its keys and values; a rank without hosts does nothing.
-        let whole = (model.spec.layers - 1) as f64;
-        let counted = work.ranks.get(rank).map_or(0.0, |work| whole * work.flops() + work.qkv_flops);
+        let work = &work.ranks[rank];
+        let counted = (model.spec.layers - 1) as f64 * work.flops() + work.last_flops();
         let [asked, _] = backend.flops();
         assert_eq!(counted, asked as f64, "{case:?} rank {rank} of {ranks}");
     }
