@@ -57,8 +57,16 @@ const FITS: [Fit; 7] = [
     Fit { rate: |rates| &mut rates.o_tflops, stage: |stages| stages.o_s, concerns: |_| true },
     Fit { rate: |rates| &mut rates.ffn_tflops, stage: |stages| stages.ffn_s, concerns: |_| true },
     Fit { rate: |rates| &mut rates.retaining_head_tflops, stage: |stages| stages.retaining_head_s, concerns: |_| true },
-    Fit { rate: |rates| &mut rates.causal_tflops, stage: |stages| stages.attention_s, concerns: |plan| plan.hosts.len() == 1 },
-    Fit { rate: |rates| &mut rates.segments_tflops, stage: |stages| stages.attention_s, concerns: |plan| plan.hosts.len() > 1 && !plan.mode.is_exact() },
+    Fit {
+        rate: |rates| &mut rates.causal_tflops,
+        stage: |stages| stages.attention_s,
+        concerns: |plan| plan.hosts.len() == 1,
+    },
+    Fit {
+        rate: |rates| &mut rates.segments_tflops,
+        stage: |stages| stages.attention_s,
+        concerns: |plan| plan.hosts.len() > 1 && !plan.mode.is_exact(),
+    },
     Fit { rate: |rates| &mut rates.memory_gb_s, stage: |stages| stages.other_s, concerns: |_| true },
 ];
 

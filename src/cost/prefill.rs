@@ -214,7 +214,8 @@ impl Timeline {
     fn rotate(&mut self, times: &[RankTimes], steps: usize, transfer: f64, overlap: bool) {
         for step in 0..=steps {
             let mut begun = self.all_ready();
-            let attention = |time: &RankTimes| if step == 0 { time.own_attention } else { time.late_attention[step - 1] };
+            let attention =
+                |time: &RankTimes| if step == 0 { time.own_attention } else { time.late_attention[step - 1] };
             if !overlap {
                 let computed = self.ends.iter().zip(times).map(|(end, time)| end + attention(time));
                 begun = computed.fold(0.0, f64::max);

@@ -26,7 +26,9 @@ pub struct GroupLoad {
 /// What a group takes that has so many seconds left of its running prefill, and where documents of so many seconds wait for their prefill.
 pub fn takes_up_to_s(running_s: f64, waiting_s: impl IntoIterator<Item = f64>) -> f64 {
     let short_s = SHORT_PART * running_s;
-    waiting_s.into_iter().fold(f64::INFINITY, |takes_s, waits_s| if waits_s <= short_s { 0.0 } else { takes_s.min(short_s) })
+    waiting_s
+        .into_iter()
+        .fold(f64::INFINITY, |takes_s, waits_s| if waits_s <= short_s { 0.0 } else { takes_s.min(short_s) })
 }
 
 /// Where a document goes.
@@ -42,7 +44,9 @@ pub enum Destination {
 
 /// Where a document goes that would take `seconds[group]` in each group; `None` where it does not fit, even alone.
 pub fn place(seconds: &[Option<f64>], groups: &[GroupLoad]) -> Destination {
-    let fitting = || seconds.iter().zip(groups).enumerate().filter_map(|(index, (seconds, group))| Some((index, (*seconds)?, group)));
+    let fitting = || {
+        seconds.iter().zip(groups).enumerate().filter_map(|(index, (seconds, group))| Some((index, (*seconds)?, group)))
+    };
     let taking = || fitting().filter(|(_, seconds, group)| *seconds <= group.takes_up_to_s);
     let idle = taking().filter(|(_, _, group)| group.documents == 0);
     if let Some((index, _, _)) = idle.min_by_key(|(_, _, group)| group.ranks) {

@@ -76,7 +76,11 @@ impl LayerWork {
         let layouts: Vec<RankLayout> = (0..active).map(|rank| plan.layout(rank, ranks)).collect();
         let count = Count { plan, shape, layouts: &layouts, ranks };
         let exchange = count.exchange();
-        Self { ranks: (0..active).map(|rank| count.rank(rank, exchange)).collect(), exchange, overlap: plan.execution.overlap }
+        Self {
+            ranks: (0..active).map(|rank| count.rank(rank, exchange)).collect(),
+            exchange,
+            overlap: plan.execution.overlap,
+        }
     }
 
     /// FLOPs of all ranks.

@@ -82,7 +82,8 @@ impl Group {
     /// A document comes.
     pub fn add(&mut self, document: usize, profile: Profile, new_tokens: usize) {
         let (layers_left, query_left) = (profile.needs.layers, profile.needs.query_passes);
-        let sequence = Sequence { profile, begun: false, layers_left, query_left, tokens_left: new_tokens.max(1), generated: 0 };
+        let sequence =
+            Sequence { profile, begun: false, layers_left, query_left, tokens_left: new_tokens.max(1), generated: 0 };
         let id = SequenceId(document as u64);
         self.sequences.insert(id, sequence);
         self.schedule.add(id, profile.needs);

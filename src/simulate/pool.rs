@@ -136,7 +136,8 @@ impl<'a> Simulation<'a> {
     fn look_for_idle_groups(&mut self) {
         let waits = |part: &usize| !self.waiting[*part].is_empty();
         let fits = |group: usize| (0..self.waiting.len()).filter(waits).any(|part| self.seconds[part][group].is_some());
-        self.idle_beside_work += (0..self.groups.len()).filter(|group| self.groups[*group].is_idle() && fits(*group)).count();
+        self.idle_beside_work +=
+            (0..self.groups.len()).filter(|group| self.groups[*group].is_idle() && fits(*group)).count();
     }
 
     /// Sends to groups what can go, the earliest first.

@@ -129,7 +129,8 @@ fn a_long_document_has_its_turn_however_many_short_ones_come() {
 #[test]
 fn documents_wait_longer_the_more_there_are() {
     let mix = mix("32K");
-    let at = |per_s| simulated(&Layout::new(vec![1; 4]), &mix, options(300, Arrivals::Random { per_s }, 9)).latency(None);
+    let at =
+        |per_s| simulated(&Layout::new(vec![1; 4]), &mix, options(300, Arrivals::Random { per_s }, 9)).latency(None);
     assert!(at(1.0).p95_s < at(2.5).p95_s && at(2.5).p95_s < at(6.0).p95_s);
 }
 

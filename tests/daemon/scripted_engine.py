@@ -101,7 +101,7 @@ def main():
             if id in cancelled:
                 cancelled[id].set()
         elif ask["ask"] == "plan":
-            demand = MEMORY and {"needed_bytes": ask["context"], "available_bytes": MEMORY}
+            demand = MEMORY and {"kept_bytes": ask["context"], "transient_bytes": 0, "available_bytes": MEMORY}
             say({"answer": "planned", "id": id, "result": {"Ok": plan(ask["context"], ask["query"])}, "demand": demand})
         elif ask["ask"] == "infer":
             cancelled[id], needed[id] = threading.Event(), len(ask["request"]["context"])

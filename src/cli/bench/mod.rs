@@ -5,18 +5,18 @@
 
 #[cfg(feature = "cuda")]
 mod attention;
-mod calibrate;
 #[cfg(feature = "cuda")]
 mod batch;
+mod calibrate;
 #[cfg(feature = "cuda")]
 mod ceilings;
 #[cfg(feature = "cuda")]
 mod cuda;
 #[cfg(feature = "cuda")]
 mod decode;
-mod plan;
 #[cfg(feature = "cuda")]
 mod mixed;
+mod plan;
 #[cfg(feature = "cuda")]
 mod prefill;
 mod report;

@@ -6,9 +6,9 @@ use clap::ValueEnum;
 
 #[cfg(feature = "cuda")]
 use crate::backend::HeadShape;
+use crate::cost::ModelShape;
 #[cfg(feature = "cuda")]
 use crate::model::{ModelSpec, Rope};
-use crate::cost::ModelShape;
 
 /// Models whose shapes are known.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -8,6 +8,7 @@
 mod engines;
 mod events;
 mod gauges;
+mod learned;
 mod reload;
 
 use std::collections::BTreeMap;
@@ -22,6 +23,7 @@ use tracing::{info, warn};
 use super::run::{model, prompter};
 use super::{CliError, Status, runtime};
 use crate::config::{AmqpConfig, Config};
+use crate::cost::Observation;
 use crate::document::fetch::{AllowedSource, DocumentSource, S3Source};
 use crate::engine::Engine;
 use crate::intake::amqp::hints::HintQueue;
@@ -138,7 +140,9 @@ struct Daemon {
 
 impl Daemon {
     async fn run(&self, model: &Path, shutdown: Shutdown) -> Result<(), CliError> {
-        let engine = self.start_engines(model).await?;
+        let (observed, observations) = learned::channel();
+        let engine = self.start_engines(model, observed).await?;
+        engine.learn(&self.store.cost_learned(&engine.info().model_digest).await?);
         let names: Vec<&str> = self.config.engine.groups.iter().map(|group| group.name.as_str()).collect();
         let ahead = self.config.work.ahead.unwrap_or(engine.info().concurrency / AHEAD_PART).max(1);
         let parts = Parts {
@@ -160,12 +164,13 @@ impl Daemon {
         }
         let writing =
             writer.map(|writer| tokio::spawn(writer.run(flushed.clone().cancelled_owned(), shutdown.clone())));
+        let learning = tokio::spawn(observations.keep(self.store.clone(), flushed.clone().cancelled_owned()));
         let sampling = tokio::spawn(gauges::sample(self.store.clone(), flushed.clone().cancelled_owned()));
         self.start.ready();
         info!(worker.pid = process::id(), "serving");
         let worked = Pipeline::new(parts, self.settings(ahead)).run(shutdown.clone()).await;
         flushed.cancel();
-        for task in doors.into_iter().chain(outbox).chain(writing).chain([sampling]) {
+        for task in doors.into_iter().chain(outbox).chain(writing).chain([sampling, learning]) {
             if let Err(error) = task.await {
                 warn!(error.message = %error, "a task of the daemon ended badly");
             }
@@ -173,7 +178,11 @@ impl Daemon {
         worked.map_err(|error| CliError::Internal(error.to_string()))
     }
 
-    async fn start_engines(&self, model: &Path) -> Result<Arc<Pool>, CliError> {
+    async fn start_engines(
+        &self,
+        model: &Path,
+        observed: impl Fn(Observation) + Send + Sync + 'static,
+    ) -> Result<Arc<Pool>, CliError> {
         let groups = engines::groups(&self.config.engine, model)?;
         let is_one = groups.len() == 1;
         let health = |name: &str| match is_one {
@@ -182,7 +191,7 @@ impl Daemon {
         };
         let groups = groups.into_iter().map(|group| (health(&group.options.group), group));
         let groups: Vec<_> = groups.map(|(health, group)| (group, health)).collect();
-        let started = tokio::task::spawn_blocking(move || Pool::start(groups)).await;
+        let started = tokio::task::spawn_blocking(move || Pool::start(groups, observed)).await;
         let started = started.map_err(|error| CliError::Internal(error.to_string()))?;
         started.map(Arc::new).map_err(|reason| CliError::Unavailable(format!("the engine does not start: {reason}")))
     }

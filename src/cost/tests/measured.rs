@@ -119,7 +119,8 @@ fn tokens_take_as_long_as_predicted() {
 fn a_calibration_is_found_again_from_what_it_predicts() {
     let truth = Calibration::h100();
     let figures = |calibration: &Calibration| {
-        let of_model = |shape: &str| CostModel::new(ModelShape::published(shape, 1024).expect("a shape"), calibration.clone());
+        let of_model =
+            |shape: &str| CostModel::new(ModelShape::published(shape, 1024).expect("a shape"), calibration.clone());
         let prefill = measured().prefill.into_iter().map(|case| {
             let (model, plan) = (of_model(&case.shape), plan_of(&case));
             let cost = model.prefill(&plan, 1);

@@ -60,7 +60,9 @@ struct Tried {
 /// Prints the answer for every number of nodes.
 pub(super) fn print(args: &Args, model: &CostModel, mix: &Mix) -> Result<(), CliError> {
     if args.attention.len() > 1 {
-        return Err(CliError::Usage("--mix takes one strategy; without one, what the daemon takes for each length".to_owned()));
+        return Err(CliError::Usage(
+            "--mix takes one strategy; without one, what the daemon takes for each length".to_owned(),
+        ));
     }
     let mut answers = Vec::new();
     for &nodes in &args.nodes.0 {
@@ -90,7 +92,9 @@ fn answer(args: &Args, model: &CostModel, mix: &Mix, nodes: usize) -> Result<Val
     let rows: Vec<Row> = tried.iter().map(|tried| layout_row(tried, &pool)).collect();
     let verdict = verdict(mix, &profiles, &tried, &pool);
     if args.format == Format::Table {
-        print_text(&format!("{nodes} x {per_node} GPUs: seconds of a prefill, and GPU seconds, by the size of the group\n"))?;
+        print_text(&format!(
+            "{nodes} x {per_node} GPUs: seconds of a prefill, and GPU seconds, by the size of the group\n"
+        ))?;
         report::print(&costs, Format::Table)?;
         let load = format!("latency with {:.0} documents an hour that come at random", per_hour * pool.times);
         print_text(&format!("\nGroups (count x GPUs), the best first; {load}\n"))?;
@@ -100,17 +104,26 @@ fn answer(args: &Args, model: &CostModel, mix: &Mix, nodes: usize) -> Result<Val
             print_text(&format!("Simulated: {} nodes, {:.1} times.\n", pool.nodes, pool.times))?;
         }
     }
-    Ok(json!({ "nodes": nodes, "gpus_per_node": per_node, "arrivals_per_hour": per_hour * pool.times, "costs": costs, "layouts": rows, "verdict": verdict }))
+    Ok(
+        json!({ "nodes": nodes, "gpus_per_node": per_node, "arrivals_per_hour": per_hour * pool.times, "costs": costs, "layouts": rows, "verdict": verdict }),
+    )
 }
 
 /// All cuts, the best first, and the documents an hour with which the latencies were taken.
 fn simulate(args: &Args, mix: &Mix, profiles: &Profiles<'_>, cuts: Vec<Layout>, gpus: usize) -> (Vec<Tried>, f64) {
     let limits = Limits { at_once: args.queue.at_once, stall: Duration::from_millis(args.queue.stall) };
     let documents = args.queue.documents.unwrap_or((DOCUMENTS_PER_GPU * gpus).max(400));
-    let options = |arrivals| SimulationOptions { documents, arrivals, new_tokens: args.new_tokens, limits, seed: args.queue.seed };
+    let options = |arrivals| SimulationOptions {
+        documents,
+        arrivals,
+        new_tokens: args.new_tokens,
+        limits,
+        seed: args.queue.seed,
+    };
     let run = |layout: &Layout, arrivals| Simulation::run(layout, mix, profiles, options(arrivals));
     let drained: Vec<Outcome> = cuts.iter().map(|layout| run(layout, Arrivals::AtOnce)).collect();
-    let best = drained.iter().filter(|outcome| outcome.refused == 0).map(|outcome| outcome.per_hour).fold(0.0, f64::max);
+    let best =
+        drained.iter().filter(|outcome| outcome.refused == 0).map(|outcome| outcome.per_hour).fold(0.0, f64::max);
     let best = if best > 0.0 { best } else { drained.iter().map(|outcome| outcome.per_hour).fold(0.0, f64::max) };
     let per_hour = args.queue.per_hour.filter(|per_hour| *per_hour > 0.0).unwrap_or(0.7 * best);
     let latency = |layout: &Layout| run(layout, Arrivals::Random { per_s: per_hour / 3600.0 }).latency(None);
@@ -126,7 +139,8 @@ fn simulate(args: &Args, mix: &Mix, profiles: &Profiles<'_>, cuts: Vec<Layout>, 
     });
     // Of those that are as good as the best, the one with the shortest latency.
     let (refused, speed) = tried.first().map_or((0, 0.0), |best| (best.drained.refused, best.drained.per_hour));
-    let as_good = |tried: &&Tried| tried.drained.refused == refused && tried.drained.per_hour >= (1.0 - AS_GOOD) * speed;
+    let as_good =
+        |tried: &&Tried| tried.drained.refused == refused && tried.drained.per_hour >= (1.0 - AS_GOOD) * speed;
     let equals = tried.iter().take_while(as_good).count();
     tried[..equals].sort_by(|one, other| one.latency.p95_s.total_cmp(&other.latency.p95_s));
     (tried, per_hour)
@@ -169,18 +183,17 @@ fn layout_row(tried: &Tried, pool: &Pool) -> Row {
 fn verdict(mix: &Mix, profiles: &Profiles<'_>, tried: &[Tried], pool: &Pool) -> String {
     let Some(best) = tried.first() else { return String::new() };
     let speed = |tried: &Tried| tried.drained.per_hour * pool.times;
-    let mut text = format!(
-        "Best: {}, {:.0} documents an hour, p95 {:.1} s.\n",
-        best.layout,
-        speed(best),
-        best.latency.p95_s
-    );
+    let mut text =
+        format!("Best: {}, {:.0} documents an hour, p95 {:.1} s.\n", best.layout, speed(best), best.latency.p95_s);
     let (part, share) = heaviest(mix, profiles);
     let length = mix.parts[part].tokens;
-    let per_gpu: Vec<String> = sizes_of(tried).into_iter().filter_map(|ranks| {
-        let seconds = profiles.get(ranks, part)?.prefill_s() * ranks as f64;
-        Some(format!("{seconds:.2} on {ranks}"))
-    }).collect();
+    let per_gpu: Vec<String> = sizes_of(tried)
+        .into_iter()
+        .filter_map(|ranks| {
+            let seconds = profiles.get(ranks, part)?.prefill_s() * ranks as f64;
+            Some(format!("{seconds:.2} on {ranks}"))
+        })
+        .collect();
     let _ = writeln!(
         text,
         "Why: documents of {length} tokens are {:.0} % of the work of prefills; one takes GPU seconds: {}.",

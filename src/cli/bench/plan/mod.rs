@@ -15,7 +15,9 @@ use crate::cli::device::KvCacheName;
 use crate::cli::execution::ExecutionArgs;
 use crate::cli::{CliError, Status};
 use crate::cost::{Calibration, CostModel};
-use crate::plan::{AttentionMode, AttentionRequest, Capabilities, HOSTS, Placement, PlanError, PrefillPlan, passing_for};
+use crate::plan::{
+    AttentionMode, AttentionRequest, Capabilities, HOSTS, Placement, PlanError, PrefillPlan, passing_for,
+};
 use crate::simulate::Mix;
 
 /// Nodes of the largest cluster that is looked at.

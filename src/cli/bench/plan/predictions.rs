@@ -28,7 +28,9 @@ pub(super) fn print(args: &Args, model: &CostModel) -> Result<(), CliError> {
                 let gpus = if strategy == StrategyName::Full { 1 } else { nodes * usize::from(args.gpus) };
                 let plan = args.plan(Some(strategy.mode()), tokens, gpus).map_err(|error| refused(&error))?;
                 if plan.hosts.len() > MAX_HOSTS {
-                    notes.push(format!("The engine takes {MAX_HOSTS} hosts at most; plans with more are looked at all the same.\n"));
+                    notes.push(format!(
+                        "The engine takes {MAX_HOSTS} hosts at most; plans with more are looked at all the same.\n"
+                    ));
                 }
                 rows.extend(rows_of(args, model, &plan, (nodes, gpus)));
             }
