@@ -9,6 +9,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use super::hub::{self, Place, Side};
+use super::meeting::Meeting;
 use super::rounds::{Call, Deposit, Rounds};
 use super::{Comm, CommError};
 use crate::backend::cpu::{Matrix, Scores};
@@ -19,7 +21,7 @@ pub struct LocalComm {
     size: usize,
     /// Collectives started so far by this rank: the number of the next round.
     started: AtomicU64,
-    rounds: Arc<Rounds>,
+    meeting: Meeting,
 }
 
 /// A collective that has been started, and the matrix it works on.
@@ -47,19 +49,31 @@ impl LocalComm {
     pub fn group(size: usize, deadline: Duration) -> Vec<LocalComm> {
         assert!(size > 0, "a communicator has at least one rank");
         let rounds = Arc::new(Rounds::new(size, deadline));
-        (0..size).map(|rank| LocalComm { rank, size, started: AtomicU64::new(0), rounds: rounds.clone() }).collect()
+        (0..size).map(|rank| Self::end(rank, size, Meeting::Here(rounds.clone()))).collect()
+    }
+
+    /// The ends of this node's `here` ranks; every node has as many. What comes with them has to be kept as long as they.
+    pub fn group_at(place: &Place, here: usize, deadline: Duration) -> Result<(Vec<LocalComm>, Side), CommError> {
+        let met = hub::meet(place, here, deadline, &[])?;
+        let (first, size) = (place.node * here, place.nodes * here);
+        let end = |(index, meeting)| Self::end(first + index, size, meeting);
+        Ok((met.meetings.into_iter().enumerate().map(end).collect(), met.side))
+    }
+
+    fn end(rank: usize, size: usize, meeting: Meeting) -> Self {
+        Self { rank, size, started: AtomicU64::new(0), meeting }
     }
 
     fn deposit(&self, call: &Call, rows: Vec<f32>, value: u64) -> Result<u64, CommError> {
         let round = self.started.fetch_add(1, Ordering::Relaxed);
-        self.rounds.deposit(round, self.rank, Deposit { call: call.clone(), rows: Arc::new(rows), value })?;
+        self.meeting.deposit(round, self.rank, Deposit { call: call.clone(), rows: Arc::new(rows), value })?;
         Ok(round)
     }
 
     /// Starts a collective that carries one number, and awaits it.
     fn exchange(&self, call: Call, value: u64) -> Result<Vec<Deposit>, CommError> {
         let round = self.deposit(&call, Vec::new(), value)?;
-        self.rounds.take(round, self.rank, call.op())
+        self.meeting.take(round, self.rank, call.op())
     }
 
     fn check_counts(&self, op: &'static str, rows: usize, counts: &[usize]) -> Result<(), CommError> {
@@ -163,14 +177,14 @@ impl Comm<Matrix, Scores> for LocalComm {
 
     fn finish_all_to_all(&self, exchange: Exchange) -> Result<(Matrix, Matrix), CommError> {
         let Exchange { round, receive_counts, sent, mut received } = exchange;
-        let deposits = self.rounds.take(round, self.rank, "all-to-all")?;
+        let deposits = self.meeting.take(round, self.rank, "all-to-all")?;
         place_exchanged(self.rank, &receive_counts, &deposits, &mut received);
         Ok((sent, received))
     }
 
     fn finish(&self, pending: Pending) -> Result<Matrix, CommError> {
         let Pending { round, call, mut rows } = pending;
-        let deposits = self.rounds.take(round, self.rank, call.op())?;
+        let deposits = self.meeting.take(round, self.rank, call.op())?;
         match call {
             Call::AllGather { counts, .. } => place_gathered(self.rank, &counts, &deposits, &mut rows),
             _ => {
@@ -185,7 +199,7 @@ impl Comm<Matrix, Scores> for LocalComm {
         self.check_counts("all-gather of scores", rows.rows(), counts)?;
         let call = Call::AllGatherScores { counts: counts.to_vec(), cols: rows.cols() };
         let round = self.deposit(&call, own_rows(self.rank, counts, rows), 0)?;
-        let deposits = self.rounds.take(round, self.rank, call.op())?;
+        let deposits = self.meeting.take(round, self.rank, call.op())?;
         place_gathered(self.rank, counts, &deposits, rows);
         Ok(())
     }
@@ -202,13 +216,13 @@ impl Comm<Matrix, Scores> for LocalComm {
     }
 
     fn abort(&self, reason: &str) {
-        self.rounds.abort(self.rank, reason);
+        self.meeting.abort(self.rank, reason);
     }
 }
 
 impl Drop for LocalComm {
     fn drop(&mut self) {
-        self.rounds.leave(self.rank);
+        self.meeting.leave(self.rank);
     }
 }
 

@@ -8,7 +8,9 @@
 
 #[cfg(test)]
 pub(crate) mod conformance;
+pub mod hub;
 pub mod local;
+mod meeting;
 #[cfg(feature = "cuda")]
 pub mod nccl;
 mod rounds;

@@ -10,13 +10,16 @@ use std::fmt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use serde::{Deserialize, Serialize};
+
 use crate::comm::CommError;
 
 /// Why a communicator ends whose rank's end was dropped.
 const GONE: &str = "the rank went away";
 
 /// Which collective a rank called, with the sizes that have to agree.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub(super) enum Call {
     AllGather { counts: Vec<usize>, cols: usize },
     AllGatherScores { counts: Vec<usize>, cols: usize },
@@ -171,7 +174,6 @@ impl Rounds {
     }
 
     /// Comes to a round from which nobody takes anything: the call is compared with those of the others, whoever comes last.
-    #[cfg(feature = "cuda")]
     pub(super) fn join(&self, round: u64, rank: usize, call: Call) -> Result<(), CommError> {
         self.deposit(round, rank, Deposit { call, rows: Arc::default(), value: 0 })?;
         self.lock().taken_by_one(round);
@@ -179,7 +181,6 @@ impl Rounds {
     }
 
     /// Why the communicator has ended, if it has or does so within `wait`. A rank that is gone while `rank` waits for it ends it too.
-    #[cfg(feature = "cuda")]
     pub(super) fn ended(&self, rank: usize, wait: Duration) -> Option<CommError> {
         let mut state = self.lock();
         if state.aborted.is_none() && !wait.is_zero() {
@@ -263,7 +264,7 @@ impl State {
     /// How a round stands for `rank`: nothing while it has to wait.
     fn poll(&mut self, round: u64, rank: usize) -> Option<Result<Vec<Deposit>, CommError>> {
         let size = self.left.len();
-        let open = self.open.get_mut(&round)?;
+        let Some(open) = self.open.get_mut(&round) else { return self.aborted.clone().map(Err) };
         // A disagreement goes before the abort that it brings about, so that every rank reports what it saw itself.
         if let Some(error) = open.mismatch(rank) {
             return Some(Err(self.fail(rank, error)));
@@ -293,7 +294,6 @@ impl State {
     }
 
     /// A rank that is gone and has not come to a round that `rank` has come to.
-    #[cfg(feature = "cuda")]
     fn missed_by(&self, rank: usize) -> Option<usize> {
         let waits = self.open.values().filter(|round| round.deposits[rank].is_some());
         waits

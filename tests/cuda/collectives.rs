@@ -5,7 +5,7 @@
 #[path = "../../src/comm/conformance.rs"]
 mod conformance;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use apbd::backend::Backend;
@@ -71,8 +71,9 @@ fn padded<T: Copy + Default>(values: &[T], rows: usize, cols: usize) -> Vec<T> {
     if rows == 0 { vec![T::default(); cols] } else { values.to_vec() }
 }
 
-/// The suite and the tests below.
-pub fn trials(there_is_a_device: bool) -> Vec<Trial> {
+/// The suite and the tests below. They run alone: two communicators on the same devices may each wait for what the other has to do first.
+pub fn trials(device: &Arc<Mutex<Option<Cuda>>>) -> Vec<Trial> {
+    let there_is_a_device = device.lock().unwrap().is_some();
     let devices = Arc::new(if there_is_a_device { Devices::open() } else { Devices(Vec::new()) });
     let own: [(&str, usize, fn(&Devices)); 5] = [
         ("a_collective_waits_for_what_was_computed_and_is_waited_for", 2, order),
@@ -82,8 +83,9 @@ pub fn trials(there_is_a_device: bool) -> Vec<Trial> {
         ("a_communicator_serves_as_often_as_it_is_asked", 2, often),
     ];
     let trial = |(name, needed, test): (&str, usize, fn(&Devices))| {
-        let (devices, ignored) = (devices.clone(), devices.0.len() < needed);
+        let (devices, alone, ignored) = (devices.clone(), device.clone(), devices.0.len() < needed);
         let run = move || {
+            let _alone = alone.lock();
             test(&devices);
             Ok(())
         };
@@ -120,7 +122,9 @@ fn computed(device: &Cuda, value: f32) -> CudaMatrix {
 fn all_are(device: &Cuda, matrix: &CudaMatrix, expected: [f32; 2]) {
     let values = device.read_matrix(matrix).unwrap();
     for (half, expected) in values.chunks(ROWS * COLS).zip(expected) {
-        assert!(half.iter().all(|bits| bf16::from_bits(*bits).to_f32() == expected), "not all are {expected}");
+        let other =
+            half.iter().map(|bits| bf16::from_bits(*bits).to_f32()).enumerate().find(|(_, value)| *value != expected);
+        assert!(other.is_none(), "not all are {expected}: {other:?}");
     }
 }
 
@@ -139,6 +143,7 @@ fn order(devices: &Devices) {
             // Both ranks held the first one's rows in front.
             all_are(&device, &device_half(&device, &turned), [1.0, 0.0]);
             all_are(&device, &beside, [9.0, 9.0]);
+            comm.settle().unwrap();
         });
     }
 }
@@ -183,7 +188,7 @@ fn given_up(devices: &Devices) {
         }
         std::thread::sleep(Duration::from_millis(300));
         comm.abort("no more");
-        comm.barrier()
+        comm.settle()
     });
     for outcome in outcomes {
         assert!(matches!(&outcome, Err(CommError::Aborted { rank: 1, reason }) if reason == "no more"), "{outcome:?}");
@@ -197,7 +202,7 @@ fn too_late(devices: &Devices) {
     let outcomes = on_two(devices, deadline, |comm| {
         let outcome = (comm.rank() == 0).then(|| wait_for_device(&comm, &[ROWS, 0]));
         other.wait();
-        outcome.unwrap_or_else(|| comm.barrier())
+        outcome.unwrap_or_else(|| comm.settle())
     });
     assert!(matches!(outcomes[0], Err(CommError::TimedOut { rank: 0, .. })), "{outcomes:?}");
     assert!(matches!(outcomes[1], Err(CommError::Aborted { rank: 0, .. })), "{outcomes:?}");
@@ -207,6 +212,7 @@ fn too_late(devices: &Devices) {
 /// And one that has failed is followed by a new one on the same devices.
 fn often(devices: &Devices) {
     for _ in 0..3 {
+        let both = std::sync::Barrier::new(2);
         on_two(devices, conformance::PATIENT, |comm| {
             let device = comm.device().clone();
             let free = device.free_bytes();
@@ -220,6 +226,7 @@ fn often(devices: &Devices) {
             }
             comm.settle().unwrap();
             assert_eq!(device.free_bytes(), free, "memory was not given back");
+            both.wait();
             comm.abort("enough");
         });
     }

@@ -75,9 +75,8 @@ fn main() -> ExitCode {
         };
         Trial::test(*name, run).with_ignored_flag(ignored)
     }));
-    let there_is_a_device = device.lock().unwrap().is_some();
-    trials.extend(collectives::trials(there_is_a_device));
-    trials.extend(several::trials(there_is_a_device));
+    trials.extend(collectives::trials(&device));
+    trials.extend(several::trials(&device));
     libtest_mimic::run(&arguments, trials).exit_code()
 }
 

@@ -3,6 +3,7 @@
 //! Every strategy is held against the CPU backend on one GPU (`parity`); here the number of GPUs may change the order of additions at most.
 
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use apbd::backend::cuda::{Cuda, CudaOptions};
@@ -29,14 +30,17 @@ const TESTS: &[(&str, usize, fn(usize))] = &[
 ];
 
 /// The tests; those that need more GPUs than there are, are ignored.
-pub fn trials(there_is_a_device: bool) -> Vec<Trial> {
+pub fn trials(device: &Arc<Mutex<Option<Cuda>>>) -> Vec<Trial> {
+    let there_is_a_device = device.lock().unwrap().is_some();
     let smallest = CudaOptions { memory_bytes: Some(64 << 20), ..CudaOptions::default() };
     let gpus = match there_is_a_device {
         true => (0..RANKS_AT_MOST).take_while(|device| Cuda::open(*device, &smallest).is_ok()).count(),
         false => 0,
     };
     let trial = |&(name, needed, test): &(&str, usize, fn(usize))| {
+        let alone = device.clone();
         let run = move || {
+            let _alone = alone.lock();
             test(gpus);
             Ok(())
         };

@@ -3,7 +3,7 @@
 //! Start: the configuration as a whole, then the port, the database, the engine; each is waited for with words. Stop: the doors close, what
 //! is in the engine may end within the grace, the rest is handed back, events are flushed. SIGHUP: both, in this order reversed.
 //!
-//! Invariant: every task that was started has ended when this returns.
+//! Invariant: every task that was started has ended when this returns; a decoder that nobody waits for any more ends with the process.
 
 mod engines;
 mod events;
@@ -47,6 +47,8 @@ const START_WAIT: Duration = Duration::from_secs(2);
 const START_WITHIN: Duration = Duration::from_secs(120);
 /// Where nothing is said: one job is prepared ahead for so many in the engines, since they do not all end at once.
 const AHEAD_PART: usize = 4;
+/// How long the end waits for a question that is being answered.
+const LAST_ANSWER: Duration = Duration::from_secs(1);
 /// Where this machine says its name.
 const HOST_NAME: &str = "/proc/sys/kernel/hostname";
 
@@ -73,13 +75,16 @@ impl Args {
         let model = model::find(config.engine.model.as_deref()).map_err(CliError::Usage)?;
         let stores = clients(&config)?;
         let (handle, shutdown) = shutdown::channel();
-        let ended = runtime()?.block_on(async {
+        let runtime = runtime()?;
+        let ended = runtime.block_on(async {
             let signals = |error| CliError::Internal(format!("signals: {error}"));
             let reload = Reload::on_hangup(self.config, handle.clone()).map_err(signals)?;
             shutdown::on_signals(handle, told).map_err(signals)?;
             serve(config, model, stores, shutdown).await.map(|()| reload)
-        })?;
-        if ended.is_asked() {
+        });
+        // A thread may be deep in a document whose job was handed back: the end does not wait for it.
+        runtime.shutdown_background();
+        if ended?.is_asked() {
             return Err(reload::start_again());
         }
         Ok(Status::Done)
@@ -104,8 +109,8 @@ async fn serve(config: Config, model: PathBuf, stores: Vec<ObjectClient>, shutdo
     let daemon = Daemon { config, stores, store, health, start };
     let ended = daemon.run(&model, shutdown).await;
     over.cancel();
-    // It only answers questions; that it failed was its asker's to see.
-    let _ = answering.await;
+    // It only answers questions; that it failed was its asker's to see, and one who asks slowly holds up no stop.
+    let _ = tokio::time::timeout(LAST_ANSWER, answering).await;
     daemon.store.close().await;
     ended
 }

@@ -100,6 +100,17 @@ impl UniqueId {
         nccl.check(None, code)?;
         Ok(Self(id))
     }
+
+    /// As it goes to other nodes.
+    pub fn to_bytes(&self) -> Vec<u8> {
+        self.0.internal.iter().map(|byte| *byte as u8).collect()
+    }
+
+    /// The opposite of [`UniqueId::to_bytes`]; `None` for anything else.
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        let bytes: [u8; 128] = bytes.try_into().ok()?;
+        Some(Self(sys::ncclUniqueId { internal: bytes.map(|byte| byte as c_char) }))
+    }
 }
 
 impl Nccl {

@@ -20,6 +20,8 @@ use std::time::{Duration, Instant};
 
 pub use library::{LIBRARY_VARIABLE, UniqueId, leave_multicast_off};
 
+use super::hub::{self, Met, Place, Side};
+use super::meeting::Meeting;
 use super::rounds::{Call, Deposit, Rounds};
 use super::{Comm, CommError};
 use crate::backend::cuda::{Cuda, CudaMatrix, CudaScores, Lane, Mark};
@@ -54,7 +56,7 @@ struct Shared {
     size: usize,
     deadline: Duration,
     nccl: &'static Nccl,
-    rounds: Arc<Rounds>,
+    meeting: Meeting,
     /// Gone once aborted.
     handle: Mutex<Option<Handle>>,
     /// Collectives that the device may not have passed yet, in their order.
@@ -82,6 +84,10 @@ pub struct Pending {
     sent: Option<CudaMatrix>,
 }
 
+fn not_started(reason: String) -> CommError {
+    CommError::Device { op: "start", reason }
+}
+
 fn device_error(op: &'static str) -> impl Fn(BackendError) -> CommError {
     move |error| CommError::Device { op, reason: error.to_string() }
 }
@@ -93,12 +99,42 @@ impl NcclComm {
     /// If there are no devices.
     pub fn group(devices: &[Arc<Cuda>], deadlines: Deadlines) -> Result<Vec<Self>, CommError> {
         assert!(!devices.is_empty(), "a communicator has at least one rank");
-        let start = |reason| CommError::Device { op: "start", reason };
-        let (nccl, id) = (library::nccl().map_err(start)?, UniqueId::new().map_err(start)?);
-        let rounds = Arc::new(Rounds::new(devices.len(), deadlines.collective));
+        let id = UniqueId::new().map_err(not_started)?;
+        let meeting = Meeting::Here(Arc::new(Rounds::new(devices.len(), deadlines.collective)));
+        let meetings = devices.iter().map(|_| meeting.clone()).collect();
+        Self::start_all(id, (0, devices.len()), devices, meetings, deadlines)
+    }
+
+    /// The ends of this node's devices; every node has as many. What comes with them has to be kept as long as they.
+    pub fn group_at(
+        place: &Place,
+        devices: &[Arc<Cuda>],
+        deadlines: Deadlines,
+    ) -> Result<(Vec<Self>, Side), CommError> {
+        // Where NCCL's own ranks meet is the process that has made the id.
+        let own = match place.node {
+            0 => UniqueId::new().map_err(not_started)?.to_bytes(),
+            _ => Vec::new(),
+        };
+        let Met { meetings, secret, side } = hub::meet(place, devices.len(), deadlines.collective, &own)?;
+        let id = UniqueId::from_bytes(&secret)
+            .ok_or_else(|| not_started("what the first node told is no id of NCCL's".to_owned()))?;
+        let ranks = (place.node * devices.len(), place.nodes * devices.len());
+        Ok((Self::start_all(id, ranks, devices, meetings, deadlines)?, side))
+    }
+
+    /// Ranks from `first` on, of `size` in all, begun together and then connected.
+    fn start_all(
+        id: UniqueId,
+        (first, size): (usize, usize),
+        devices: &[Arc<Cuda>],
+        meetings: Vec<Meeting>,
+        deadlines: Deadlines,
+    ) -> Result<Vec<Self>, CommError> {
+        let nccl = library::nccl().map_err(not_started)?;
         let mut ends = Vec::with_capacity(devices.len());
-        for (rank, device) in devices.iter().enumerate() {
-            ends.push(Self::begin(nccl, id, (rank, devices.len()), device, rounds.clone(), deadlines)?);
+        for (index, (device, meeting)) in devices.iter().zip(meetings).enumerate() {
+            ends.push(Self::begin(nccl, id, (first + index, size), device, meeting, deadlines)?);
         }
         let outcomes: Vec<_> = thread::scope(|scope| {
             let threads: Vec<_> = ends.iter().map(|end| scope.spawn(|| end.connect(deadlines.start))).collect();
@@ -106,7 +142,7 @@ impl NcclComm {
         });
         let mut worst = Ok(());
         for outcome in outcomes {
-            let outcome = outcome.unwrap_or_else(|_| Err(start("a rank panicked".to_owned())));
+            let outcome = outcome.unwrap_or_else(|_| Err(not_started("a rank panicked".to_owned())));
             // What other ranks say of a failure is only its echo.
             if worst.is_ok() || (matches!(worst, Err(CommError::Aborted { .. })) && outcome.is_err()) {
                 worst = outcome;
@@ -122,18 +158,18 @@ impl NcclComm {
         id: UniqueId,
         (rank, size): (usize, usize),
         device: &Arc<Cuda>,
-        rounds: Arc<Rounds>,
+        meeting: Meeting,
         deadlines: Deadlines,
     ) -> Result<Self, CommError> {
         let lane = Lane::new(device).map_err(device_error("start"))?;
         lane.bind("start").map_err(device_error("start"))?;
-        let handle = nccl.begin(id, rank, size).map_err(|reason| CommError::Device { op: "start", reason })?;
+        let handle = nccl.begin(id, rank, size).map_err(not_started)?;
         let shared = Arc::new(Shared {
             rank,
             size,
             deadline: deadlines.collective,
             nccl,
-            rounds,
+            meeting,
             handle: Mutex::new(Some(handle)),
             under_way: Mutex::default(),
             met: Mutex::default(),
@@ -195,15 +231,15 @@ impl NcclComm {
     /// Comes to the next round with what this call is; whoever comes last compares.
     fn join(&self, call: Call) -> Result<(), CommError> {
         let round = self.started.fetch_add(1, Ordering::Relaxed);
-        self.shared.own(self.shared.rounds.join(round, self.shared.rank, call))
+        self.shared.own(self.shared.meeting.join(round, self.shared.rank, call))
     }
 
     /// A collective that carries one word, awaited.
     fn exchange(&self, call: Call, value: u64) -> Result<Vec<Deposit>, CommError> {
         let (round, op) = (self.started.fetch_add(1, Ordering::Relaxed), call.op());
-        let Shared { rounds, rank, .. } = &*self.shared;
+        let Shared { meeting, rank, .. } = &*self.shared;
         let deposit = Deposit { call, rows: Arc::default(), value };
-        let taken = rounds.deposit(round, *rank, deposit).and_then(|()| rounds.take(round, *rank, op));
+        let taken = meeting.deposit(round, *rank, deposit).and_then(|()| meeting.take(round, *rank, op));
         self.shared.own(taken)
     }
 
@@ -237,7 +273,7 @@ impl NcclComm {
     /// A call that is wrong by itself: the other ranks would wait for it in vain, so it ends the communicator.
     fn refuse(&self, op: &'static str, expected: String, got: String) -> CommError {
         let error = CommError::Mismatch { op, rank: self.shared.rank, expected, got };
-        let _ = self.shared.rounds.fail(self.shared.rank, &error);
+        let _ = self.shared.meeting.fail(self.shared.rank, &error);
         error
     }
 }
@@ -253,7 +289,7 @@ impl Shared {
 
     /// Ends the communicator because of what this rank has met. What its caller is to be told comes back: what ended it first.
     fn fail(&self, error: CommError) -> CommError {
-        match self.rounds.fail(self.rank, &error) {
+        match self.meeting.fail(self.rank, &error) {
             true => error,
             false => self.check().err().unwrap_or(error),
         }
@@ -262,7 +298,7 @@ impl Shared {
     /// As [`Shared::fail`], with nobody there to be told: the caller learns it at its next call.
     fn fail_later(&self, error: CommError) {
         let mut met = self.met.lock().unwrap_or_else(PoisonError::into_inner);
-        if self.rounds.fail(self.rank, &error) {
+        if self.meeting.fail(self.rank, &error) {
             *met = Some(error);
         }
     }
@@ -277,7 +313,7 @@ impl Shared {
 
     /// Whether the communicator still works.
     fn check(&self) -> Result<(), CommError> {
-        self.own(self.rounds.ended(self.rank, Duration::ZERO).map_or(Ok(()), Err))
+        self.own(self.meeting.ended(self.rank, Duration::ZERO).map_or(Ok(()), Err))
     }
 
     fn with_handle<T>(
@@ -506,7 +542,7 @@ impl Comm<CudaMatrix, CudaScores> for NcclComm {
     }
 
     fn abort(&self, reason: &str) {
-        self.shared.rounds.abort(self.shared.rank, reason);
+        self.shared.meeting.abort(self.shared.rank, reason);
     }
 }
 
@@ -517,7 +553,7 @@ impl Drop for NcclComm {
             let _ = self.settle();
         }
         self.shared.closing.store(true, Ordering::Release);
-        self.shared.rounds.leave(self.shared.rank);
+        self.shared.meeting.leave(self.shared.rank);
         if let Some(watch) = self.watch.take() {
             let _ = watch.join();
         }

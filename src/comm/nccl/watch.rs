@@ -17,7 +17,7 @@ const INTERVAL: Duration = Duration::from_millis(5);
 /// Runs until the rank's end is dropped or the communicator has ended.
 pub(super) fn watch(shared: &Shared) {
     while !shared.closing.load(Ordering::Acquire) {
-        if shared.rounds.ended(shared.rank, INTERVAL).is_some() {
+        if shared.meeting.ended(shared.rank, INTERVAL).is_some() {
             return shared.abort_device();
         }
         if let Err(error) = look(shared) {

@@ -13,32 +13,39 @@ namespace emulator {
 namespace {
 
 using Clock = std::chrono::steady_clock;
+using Lock = std::unique_lock<std::mutex>;
 
 thread_local int current = 0;
 
-// One for all: what streams do takes far longer than the lock is held. Never destroyed, because streams may outlive main.
-std::mutex& lock_of_all() {
-    static auto* mutex = new std::mutex;
-    return *mutex;
-}
-std::condition_variable& changed() {
-    static auto* condition = new std::condition_variable;
-    return *condition;
-}
-std::map<int, std::string>& failures() {
-    static auto* all = new std::map<int, std::string>;
+// Never destroyed, because streams may outlive main.
+struct Failures {
+    std::mutex lock;
+    std::map<int, std::string> of;
+};
+Failures& failures() {
+    static auto* all = new Failures;
     return *all;
 }
 
+// How often an event has been recorded, and how many of those recordings its streams have come to.
 struct Moment {
+    std::mutex lock;
+    std::condition_variable changed;
     uint64_t recorded = 0, reached = 0;
     Clock::time_point at;
 };
+
+void wait_until_reached(Moment& moment, uint64_t turn) {
+    Lock lock(moment.lock);
+    moment.changed.wait(lock, [&] { return moment.reached >= turn; });
+}
 
 }  // namespace
 
 struct Stream {
     int device;
+    std::mutex lock;
+    std::condition_variable more, idle;
     std::deque<Work> issued;
     bool busy = false, closing = false;
     std::thread thread;
@@ -51,9 +58,9 @@ struct Event {
 };
 
 static void run(Stream* stream) {
-    std::unique_lock<std::mutex> lock(lock_of_all());
+    Lock lock(stream->lock);
     for (;;) {
-        changed().wait(lock, [&] { return stream->closing || !stream->issued.empty(); });
+        stream->more.wait(lock, [&] { return stream->closing || !stream->issued.empty(); });
         if (stream->issued.empty()) return;
         Work work = std::move(stream->issued.front());
         stream->issued.pop_front();
@@ -61,10 +68,13 @@ static void run(Stream* stream) {
         lock.unlock();
         const std::string failure = work();
         work = nullptr;
+        if (!failure.empty()) {
+            const Lock all(failures().lock);
+            failures().of.try_emplace(stream->device, failure);
+        }
         lock.lock();
-        if (!failure.empty()) failures().try_emplace(stream->device, failure);
         stream->busy = false;
-        changed().notify_all();
+        if (stream->issued.empty()) stream->idle.notify_all();
     }
 }
 
@@ -76,9 +86,9 @@ Stream* open_stream(int device) {
 
 void close_stream(Stream* stream) {
     {
-        const std::lock_guard<std::mutex> lock(lock_of_all());
+        const Lock lock(stream->lock);
         stream->closing = true;
-        changed().notify_all();
+        stream->more.notify_all();
     }
     stream->thread.join();
     delete stream;
@@ -87,14 +97,14 @@ void close_stream(Stream* stream) {
 int device_of(const Stream* stream) { return stream->device; }
 
 void issue(Stream* stream, Work work) {
-    const std::lock_guard<std::mutex> lock(lock_of_all());
+    const Lock lock(stream->lock);
     stream->issued.push_back(std::move(work));
-    changed().notify_all();
+    stream->more.notify_all();
 }
 
 void synchronize(Stream* stream) {
-    std::unique_lock<std::mutex> lock(lock_of_all());
-    changed().wait(lock, [&] { return stream->issued.empty() && !stream->busy; });
+    Lock lock(stream->lock);
+    stream->idle.wait(lock, [&] { return stream->issued.empty() && !stream->busy; });
 }
 
 Event* open_event(int device) { return new Event{device}; }
@@ -102,52 +112,53 @@ void close_event(Event* event) { delete event; }
 int device_of(const Event* event) { return event->device; }
 
 void record(Event* event, Stream* stream) {
-    const std::lock_guard<std::mutex> lock(lock_of_all());
     const auto moment = event->moment;
-    const uint64_t turn = ++moment->recorded;
-    stream->issued.push_back([moment, turn] {
-        const std::lock_guard<std::mutex> lock(lock_of_all());
+    uint64_t turn;
+    {
+        const Lock lock(moment->lock);
+        turn = ++moment->recorded;
+    }
+    issue(stream, [moment, turn] {
+        const Lock lock(moment->lock);
         moment->reached = turn;
         moment->at = Clock::now();
-        changed().notify_all();
+        moment->changed.notify_all();
         return std::string();
     });
-    changed().notify_all();
+}
+
+static uint64_t last_recording(Moment& moment) {
+    const Lock lock(moment.lock);
+    return moment.recorded;
 }
 
 void wait_for(Stream* stream, Event* event) {
-    const std::lock_guard<std::mutex> lock(lock_of_all());
     const auto moment = event->moment;
-    const uint64_t turn = moment->recorded;
-    stream->issued.push_back([moment, turn] {
-        std::unique_lock<std::mutex> lock(lock_of_all());
-        changed().wait(lock, [&] { return moment->reached >= turn; });
-        return std::string();
-    });
-    changed().notify_all();
+    issue(stream, [moment, turn = last_recording(*moment)] { return wait_until_reached(*moment, turn), std::string(); });
 }
 
 bool has_passed(Event* event) {
-    const std::lock_guard<std::mutex> lock(lock_of_all());
+    const Lock lock(event->moment->lock);
     return event->moment->reached >= event->moment->recorded;
 }
 
 void synchronize(Event* event) {
-    std::unique_lock<std::mutex> lock(lock_of_all());
     const auto moment = event->moment;
-    const uint64_t turn = moment->recorded;
-    changed().wait(lock, [&] { return moment->reached >= turn; });
+    wait_until_reached(*moment, last_recording(*moment));
 }
 
 float milliseconds_between(Event* start, Event* end) {
-    const std::lock_guard<std::mutex> lock(lock_of_all());
-    return std::chrono::duration<float, std::milli>(end->moment->at - start->moment->at).count();
+    const auto at = [](const Event* event) {
+        const Lock lock(event->moment->lock);
+        return event->moment->at;
+    };
+    return std::chrono::duration<float, std::milli>(at(end) - at(start)).count();
 }
 
 std::string failure_of(int device) {
-    const std::lock_guard<std::mutex> lock(lock_of_all());
-    const auto at = failures().find(device);
-    return at == failures().end() ? std::string() : at->second;
+    const Lock lock(failures().lock);
+    const auto found = failures().of.find(device);
+    return found == failures().of.end() ? std::string() : found->second;
 }
 
 int current_device() { return current; }

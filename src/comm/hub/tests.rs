@@ -1,0 +1,127 @@
+//! Ranks of several nodes, here as threads that know nothing of each other but the hub's address, pass the conformance suite; and what only a
+//! network can do wrong.
+
+use std::net::TcpListener;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use super::{Orders, Place, Side};
+use crate::backend::cpu::{Matrix, Scores};
+use crate::comm::conformance::{self, PATIENT, Ranks};
+use crate::comm::local::LocalComm;
+use crate::comm::{Comm, CommError};
+
+/// Every rank a node of its own. What comes with the ends is kept to the end of the process.
+struct Nodes(Mutex<Vec<Side>>);
+
+static NODES: Nodes = Nodes(Mutex::new(Vec::new()));
+
+fn place(nodes: usize, start: Duration) -> Place {
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let address = format!("127.0.0.1:{port}");
+    Place { node: 0, nodes, listen: address.clone(), address, token: "secret".to_owned(), start }
+}
+
+fn at(place: &Place, node: usize) -> Place {
+    Place { node, ..place.clone() }
+}
+
+impl Ranks for Nodes {
+    type M = Matrix;
+    type S = Scores;
+    type C = LocalComm;
+
+    fn group(&self, size: usize, deadline: Duration) -> Vec<LocalComm> {
+        let first = place(size, PATIENT);
+        std::thread::scope(|scope| {
+            let come = |node| {
+                let place = at(&first, node);
+                scope.spawn(move || {
+                    let (mut ends, side) = LocalComm::group_at(&place, 1, deadline).unwrap();
+                    self.0.lock().unwrap().push(side);
+                    ends.remove(0)
+                })
+            };
+            let nodes: Vec<_> = (0..size).map(come).collect();
+            nodes.into_iter().map(|node| node.join().unwrap()).collect()
+        })
+    }
+    fn matrix(&self, _: &LocalComm, rows: usize, cols: usize, values: &[f32]) -> Matrix {
+        Matrix::from_vec(rows, cols, values.to_vec())
+    }
+    fn scores(&self, _: &LocalComm, rows: usize, cols: usize, values: &[f32]) -> Scores {
+        Scores::from_vec(rows, cols, values.to_vec())
+    }
+    fn matrix_values(&self, _: &LocalComm, matrix: &Matrix) -> Vec<f32> {
+        matrix.data().to_vec()
+    }
+    fn scores_values(&self, _: &LocalComm, scores: &Scores) -> Vec<f32> {
+        scores.data().to_vec()
+    }
+    fn settle(&self, _: &LocalComm) -> Result<(), CommError> {
+        Ok(())
+    }
+}
+
+macro_rules! over_the_hub {
+    ($($test:ident: $needed:literal,)*) => {
+        $(#[test] fn $test() { conformance::$test(&NODES); })*
+    };
+}
+conformance::with_functions!(over_the_hub);
+
+#[test]
+fn a_node_that_never_comes_is_named_on_the_first_node_and_on_those_that_came() {
+    let (first, start) = (place(3, Duration::from_millis(500)), Instant::now());
+    let second = at(&first, 1);
+    std::thread::scope(|scope| {
+        let waits = scope.spawn(|| LocalComm::group_at(&second, 1, PATIENT).map(drop));
+        let refused = LocalComm::group_at(&first, 1, PATIENT).map(drop).unwrap_err().to_string();
+        assert!(refused.contains("of 3 nodes number 1, 2 did not come within 0 s"), "{refused}");
+        assert!(waits.join().unwrap().is_err());
+    });
+    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+}
+
+#[test]
+fn a_hub_that_is_never_there_is_said_so() {
+    let nowhere = at(&place(2, Duration::from_millis(300)), 1);
+    let refused = LocalComm::group_at(&nowhere, 1, PATIENT).map(drop).unwrap_err().to_string();
+    assert!(refused.contains(&nowhere.address) && refused.contains("was not there"), "{refused}");
+}
+
+#[test]
+fn a_stranger_and_a_node_of_another_size_are_refused() {
+    let first = place(2, Duration::from_secs(3));
+    let hub = {
+        let first = first.clone();
+        std::thread::spawn(move || LocalComm::group_at(&first, 1, PATIENT).map(drop))
+    };
+    let stranger = Place { token: "guessed".to_owned(), ..at(&first, 1) };
+    let refused = LocalComm::group_at(&stranger, 1, PATIENT).map(drop).unwrap_err().to_string();
+    assert!(refused.contains("token"), "{refused}");
+    let refused = LocalComm::group_at(&at(&first, 1), 2, PATIENT).map(drop).unwrap_err().to_string();
+    assert!(refused.contains("4 ranks in all on one, 2 on the first"), "{refused}");
+    assert!(hub.join().unwrap().is_err());
+}
+
+#[test]
+fn orders_come_as_they_were_given_and_end_with_the_hub() {
+    let first = place(2, PATIENT);
+    let second = at(&first, 1);
+    std::thread::scope(|scope| {
+        let node = scope.spawn(|| match LocalComm::group_at(&second, 1, PATIENT).unwrap() {
+            (_ends, Side::Other(told)) => told.collect::<Vec<_>>(),
+            _ => panic!("the second node is not the first"),
+        });
+        let (_ends, Side::First(mut hub)) = LocalComm::group_at(&first, 1, PATIENT).unwrap() else {
+            panic!("the first node has the hub")
+        };
+        let orders = hub.take_orders();
+        assert_eq!(orders.iter().map(Orders::node).collect::<Vec<_>>(), [1]);
+        assert!((0..3).all(|i| orders[0].send(serde_json::json!({ "step": i }))));
+        drop(orders);
+        let told = node.join().unwrap();
+        assert_eq!(told.iter().map(|order| order["step"].as_u64().unwrap()).collect::<Vec<_>>(), [0, 1, 2]);
+    });
+}
