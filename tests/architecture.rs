@@ -145,6 +145,21 @@ fn every_module_says_what_holds_in_it() {
 }
 
 #[test]
+fn the_map_has_every_place() {
+    let readme = fs::read_to_string(root().join("README.md")).expect("README.md");
+    let entries = |folder: &str| {
+        fs::read_dir(root().join(folder)).expect("a folder").map(|entry| entry.expect("an entry").path())
+    };
+    let below = entries("src").filter(|path| !path.ends_with("lib.rs")).map(|path| ("src/", path));
+    let top = entries("").filter(|path| path.is_dir() && !path.ends_with("target")).map(|path| ("", path));
+    for (folder, path) in below.chain(top) {
+        let name = path.file_name().expect("a name").to_string_lossy();
+        let place = format!("`{folder}{name}{}`", if path.is_dir() { "/" } else { "" });
+        assert!(name.starts_with('.') || place == "`src/`" || readme.contains(&place), "README.md's map lacks {place}");
+    }
+}
+
+#[test]
 fn files_stay_small_enough_to_read_at_once() {
     for directory in ["src", "tests"] {
         for (path, text) in rust_files(&root().join(directory)) {

@@ -2,10 +2,15 @@
 //!
 //! Invariant: a pass reads every weight once, whatever its rows; every rank has all weights and a share of the keys and values.
 
-use crate::plan::{PrefillPlan, QUERY_CHUNK};
+use crate::plan::{Host, PrefillPlan, QUERY_CHUNK};
 
 use super::CostModel;
 use super::work::product;
+
+/// Tokens of the context whose keys and values are kept.
+pub(super) fn kept_tokens(plan: &PrefillPlan) -> usize {
+    plan.hosts.iter().map(Host::kept_rows).sum()
+}
 
 impl CostModel {
     /// Seconds of one step that gives every sequence of a batch its next token; `contexts` are the tokens each has so far.
@@ -26,7 +31,7 @@ impl CostModel {
         }
         let chunk = |first: usize| {
             let rows = QUERY_CHUNK.min(plan.query - first);
-            let keys = (plan.context + first) as f64;
+            let keys = (kept_tokens(plan) + first) as f64;
             self.pass_s(rows, keys, keys * rows as f64 + rows as f64 * (rows as f64 + 1.0) / 2.0, ranks)
         };
         (0..plan.query).step_by(QUERY_CHUNK).map(chunk).sum()

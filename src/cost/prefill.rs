@@ -74,6 +74,8 @@ impl PrefillCost {
 struct RankTimes {
     qkv: f64,
     selection: f64,
+    /// Scores by which the last layer chooses what is kept.
+    last_selection: f64,
     before: f64,
     own_attention: f64,
     late_attention: Vec<f64>,
@@ -98,7 +100,7 @@ impl CostModel {
             let is_last = layer + 1 == layers;
             let network = &self.calibration.network;
             match work.exchange {
-                _ if is_last => {}
+                _ if is_last => line.select_last(&times),
                 Exchange::Nothing => line.attend_alone(&times),
                 Exchange::Gather { bytes } => {
                     line.gather(&times, network.all_gather_s(times.len(), bytes), work.overlap);
@@ -138,7 +140,7 @@ impl CostModel {
         let attention = |flops: &f64| flops / (segments * 1e12);
         let merge = self.calibration.memory_s(work.merge_bytes);
         let late = |flops: &f64| if *flops > 0.0 { attention(flops) + merge } else { 0.0 };
-        let scoring = work.scoring_flops / (rates.retaining_head_tflops * 1e12);
+        let scoring = |flops: f64| flops / (rates.retaining_head_tflops * 1e12);
         let reading = work.query_bytes / (self.kept_gb_s() * 1e9);
         let [o, ffn] = [
             (shape.hidden * shape.q_width(), rates.o_tflops),
@@ -146,7 +148,8 @@ impl CostModel {
         ];
         RankTimes {
             qkv: self.product_s(work.qkv_flops, rates.qkv_tflops, shape.hidden * shape.qkv_width()),
-            selection: scoring + self.calibration.memory_s(work.selection_bytes),
+            last_selection: scoring(work.last_scoring_flops),
+            selection: scoring(work.scoring_flops) + self.calibration.memory_s(work.selection_bytes),
             before: self.calibration.memory_s(work.before_bytes) + rates.layer_us * 1e-6,
             own_attention: attention(&work.own_attention_flops),
             late_attention: work.late_attention_flops.iter().map(late).collect(),
@@ -215,20 +218,31 @@ impl Timeline {
         }
     }
 
-    fn attend_alone(&mut self, times: &[RankTimes]) {
+    fn select(&mut self, times: &[RankTimes]) {
         for ((end, stages), time) in self.ends.iter_mut().zip(&mut self.stages).zip(times) {
-            *end += time.selection + time.own_attention;
+            *end += time.selection;
             stages.retaining_head_s += time.selection;
+        }
+    }
+
+    fn select_last(&mut self, times: &[RankTimes]) {
+        for ((end, stages), time) in self.ends.iter_mut().zip(&mut self.stages).zip(times) {
+            *end += time.last_selection;
+            stages.retaining_head_s += time.last_selection;
+        }
+    }
+
+    fn attend_alone(&mut self, times: &[RankTimes]) {
+        self.select(times);
+        for ((end, stages), time) in self.ends.iter_mut().zip(&mut self.stages).zip(times) {
+            *end += time.own_attention;
             stages.attention_s += time.own_attention;
         }
     }
 
     /// Everybody selects; what is selected travels while everybody attends to what is his own, and is attended to when it has come.
     fn gather(&mut self, times: &[RankTimes], transfer: f64, overlap: bool) {
-        for ((end, stages), time) in self.ends.iter_mut().zip(&mut self.stages).zip(times) {
-            *end += time.selection;
-            stages.retaining_head_s += time.selection;
-        }
+        self.select(times);
         let all_ready = self.all_ready();
         for ((end, stages), time) in self.ends.iter_mut().zip(&mut self.stages).zip(times) {
             let late: f64 = time.late_attention.iter().sum();
@@ -242,6 +256,7 @@ impl Timeline {
 
     /// In every step rows travel while others are attended to; nobody goes on before the step has ended for all.
     fn rotate(&mut self, times: &[RankTimes], steps: usize, transfer: f64, overlap: bool) {
+        self.select(times);
         for step in 0..=steps {
             let mut begun = self.all_ready();
             let attention =
@@ -260,6 +275,7 @@ impl Timeline {
 
     /// Queries, keys and values go to the ranks of their heads, are attended with, and what comes of it goes back; nothing hides any of it.
     fn swap(&mut self, times: &[RankTimes], [to_heads, back]: [f64; 2]) {
+        self.select(times);
         let all_ready = self.all_ready();
         for ((end, stages), time) in self.ends.iter_mut().zip(&mut self.stages).zip(times) {
             *end = stages.await_transfer(*end, all_ready, to_heads) + time.own_attention;

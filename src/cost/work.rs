@@ -40,8 +40,10 @@ pub struct RankWork {
     pub rows: usize,
     /// Projection to queries, keys and values.
     pub qkv_flops: f64,
-    /// Retaining heads, or the scores of the query's tokens.
+    /// Retaining heads, or the scores of the query's tokens: for what is passed on, and for what is kept if that is not all.
     pub scoring_flops: f64,
+    /// Of those, what the last layer has too: for what is kept.
+    pub last_scoring_flops: f64,
     /// Attention that needs nothing of other ranks.
     pub own_attention_flops: f64,
     /// Attention to what other ranks send, in the order in which it comes: one piece, or one a step of the ring.
@@ -78,7 +80,7 @@ impl RankWork {
 
     /// FLOPs of the last layer.
     pub fn last_flops(&self) -> f64 {
-        self.qkv_flops + self.query_attention_flops + self.last_o_flops + self.last_ffn_flops
+        self.qkv_flops + self.last_scoring_flops + self.query_attention_flops + self.last_o_flops + self.last_ffn_flops
     }
 }
 
@@ -151,7 +153,7 @@ impl Count<'_> {
 
     fn rank(&self, rank: usize, exchange: Exchange) -> RankWork {
         let (layout, shape) = (&self.layouts[rank], self.shape);
-        let (query, local) = (self.plan.query_rows(), layout.local_rows().len());
+        let (query, local) = (self.plan.query_rows(), self.kept_rows(layout));
         let (rows, context_rows) = (layout.rows + query, layout.rows);
         let bytes = |elements: usize| (elements * shape.element_bytes) as f64;
         // Read and written.
@@ -179,10 +181,14 @@ impl Count<'_> {
             _ => 0.0,
         };
         let (scoring_flops, selection_bytes) = self.selection(layout);
+        // What is kept is chosen by heads of its own, over all local rows.
+        let evicting = if self.plan.evicts() { layout.local_rows().end } else { 0 };
+        let last_scoring_flops = product(evicting, shape.head_weights());
         RankWork {
             rows,
             qkv_flops: product(rows, shape.hidden * shape.qkv_width()),
-            scoring_flops,
+            scoring_flops: scoring_flops + last_scoring_flops,
+            last_scoring_flops,
             own_attention_flops: pair_flops * own,
             late_attention_flops: late.into_iter().map(|pairs| pair_flops * pairs).collect(),
             query_attention_flops: pair_flops * query_pairs,
@@ -241,6 +247,11 @@ impl Count<'_> {
             passing += pairs(local + probe, self.plan.compressed_before(host));
         }
         (own, if passing > 0.0 { vec![passing] } else { Vec::new() })
+    }
+
+    /// Rows of a rank that are kept for the query and what is generated.
+    fn kept_rows(&self, layout: &RankLayout) -> usize {
+        layout.hosts.iter().map(|host| self.plan.hosts[*host].kept_rows()).sum()
     }
 
     /// FLOPs of the scores, and bytes of choosing and copying: for a rank whose hosts pass something on.

@@ -87,7 +87,7 @@ impl<M> KeyValues<M> {
 pub(super) struct KvCache<B: Backend> {
     /// One a layer.
     pub layers: Vec<KeyValues<B::Matrix>>,
-    /// Rows of the local blocks; the tail follows them.
+    /// Rows of the local blocks, or of what is kept of them; the tail follows them.
     pub local: usize,
     /// Rows for query and generated tokens: 0 but on the rank of the last host.
     pub tail: usize,
@@ -103,7 +103,8 @@ impl<B: Backend> KvCache<B> {
         new_tokens: usize,
     ) -> Result<Self, BackendError> {
         let has_last = layout.hosts.contains(&(plan.hosts.len() - 1));
-        let (local, tail) = (layout.local_rows().len(), if has_last { plan.cache_tail(new_tokens) } else { 0 });
+        let local = layout.hosts.iter().map(|host| plan.hosts[*host].kept_rows()).sum();
+        let (local, tail) = (local, if has_last { plan.cache_tail(new_tokens) } else { 0 });
         let layer = |_| KeyValues::kept(backend, spec.shape, local + tail);
         Ok(Self { layers: (0..spec.layers).map(layer).collect::<Result<_, _>>()?, local, tail })
     }

@@ -12,6 +12,7 @@ mod cuda_comm;
 mod decode;
 pub mod devices;
 mod digest;
+mod eviction;
 mod group;
 mod host_memory;
 mod kv;
@@ -39,6 +40,7 @@ pub use service::{MAX_HOSTS, ModelEngine};
 
 use serde::{Deserialize, Serialize};
 
+use crate::cost::ModelShape;
 use crate::generate::{GenerationOptions, StopReason};
 use crate::plan::{AttentionRequest, PrefillPlan};
 
@@ -105,15 +107,27 @@ pub struct EngineInfo {
     pub concurrency: usize,
     /// Name of the device or devices.
     pub device: String,
+    /// The model's sizes, from which times can be predicted; absent where nobody says.
+    #[serde(default)]
+    pub shape: Option<ModelShape>,
 }
 
 /// Memory beside the weights, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Demand {
-    /// What one request needs.
-    pub needed_bytes: u64,
+    /// What a request keeps until its end.
+    pub kept_bytes: u64,
+    /// What its prefill needs besides; of requests that share an engine one at a time does.
+    pub transient_bytes: u64,
     /// What all requests together may need.
     pub available_bytes: u64,
+}
+
+impl Demand {
+    /// What the request needs alone.
+    pub fn needed_bytes(&self) -> u64 {
+        self.kept_bytes.saturating_add(self.transient_bytes)
+    }
 }
 
 fn one() -> usize {

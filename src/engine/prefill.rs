@@ -11,6 +11,7 @@ use crate::plan::{PrefillPlan, RankLayout};
 use super::attention::Attention;
 use super::command::OwnedJob;
 use super::decode::{Decoder, Sequence};
+use super::eviction::Eviction;
 use super::kv::{KeyValues, KvCache};
 use super::rank::{Activations, Rank, RankError};
 
@@ -19,6 +20,7 @@ pub(super) struct Prefill<B: Backend> {
     plan: PrefillPlan,
     state: PrefillState<B>,
     attention: Attention<B>,
+    eviction: Option<Eviction<B>>,
     cache: KvCache<B>,
     layers_done: usize,
 }
@@ -44,8 +46,9 @@ impl<B: Backend> Prefill<B> {
         let layout = plan.layout(rank.comm.rank(), rank.comm.size());
         let cache = KvCache::new(rank.backend, rank.spec, &plan, &layout, job.new_tokens)?;
         let attention = Attention::new(rank, &plan, &layout)?;
+        let eviction = Eviction::new(rank, &plan, &layout)?;
         let state = PrefillState::new(rank, job, layout)?;
-        Ok(Self { plan, state, attention, cache, layers_done: 0 })
+        Ok(Self { plan, state, attention, eviction, cache, layers_done: 0 })
     }
 
     /// Takes the next layer; `true` if it was the last. What is left of a query after that is in the decoder.
@@ -57,8 +60,19 @@ impl<B: Backend> Prefill<B> {
         let layer = self.layers_done;
         self.layers_done += 1;
         let is_last = self.layers_done == rank.spec.layers;
-        let Self { plan, state, attention, cache, .. } = self;
-        state.prepare(rank, layer, attention, cache, is_last)?;
+        let Self { plan, state, attention, eviction, cache, .. } = self;
+        if state.query.end > 0 {
+            let (activations, weights) = (&mut state.activations, &rank.weights.layers[layer]);
+            activations.project(rank.backend, rank.spec, weights, state.query.end)?;
+        }
+        if !is_last {
+            attention.score_before_rope(rank, layer, state)?;
+        }
+        if let Some(eviction) = eviction {
+            eviction.score(rank, layer, &state.activations.qkv)?;
+        }
+        state.rope(rank)?;
+        state.keep(rank, eviction.as_mut(), layer, cache)?;
         if !is_last {
             attention.attend(rank, plan, state)?;
         }
@@ -97,32 +111,31 @@ impl<B: Backend> PrefillState<B> {
         Ok(Self { positions, query, layout, activations, working })
     }
 
-    /// Up to attention: queries, keys and values of all rows, those of the local blocks and of the query kept.
-    fn prepare<C: Comm<B::Matrix, B::Scores>>(
-        &mut self,
-        rank: &Rank<'_, B, C>,
-        layer: usize,
-        attention: &mut Attention<B>,
-        cache: &mut KvCache<B>,
-        is_last: bool,
-    ) -> Result<(), RankError> {
-        let rows = self.query.end;
+    fn rope<C: Comm<B::Matrix, B::Scores>>(&mut self, rank: &Rank<'_, B, C>) -> Result<(), RankError> {
+        let (rope, rows, place) = (&rank.spec.rope, self.query.end, self.working.at(0));
         if rows > 0 {
-            self.activations.project(rank.backend, rank.spec, &rank.weights.layers[layer], rows)?;
+            let (inv_freq, qkv) = (&rope.inv_freq, &mut self.activations.qkv);
+            rank.backend.rope_store(rank.shape(), 0..rows, &self.positions, inv_freq, rope.scale, qkv, place)?;
         }
-        if !is_last {
-            attention.score_before_rope(rank, layer, self)?;
-        }
-        if rows == 0 {
-            return Ok(());
-        }
-        let (rope, qkv, place) = (&rank.spec.rope, &mut self.activations.qkv, self.working.at(0));
-        rank.backend.rope_store(rank.shape(), 0..rows, &self.positions, &rope.inv_freq, rope.scale, qkv, place)?;
+        Ok(())
+    }
+
+    /// Keeps the keys and values of the local blocks and of the query.
+    fn keep<C: Comm<B::Matrix, B::Scores>>(
+        &self,
+        rank: &Rank<'_, B, C>,
+        eviction: Option<&mut Eviction<B>>,
+        layer: usize,
+        cache: &mut KvCache<B>,
+    ) -> Result<(), RankError> {
         let (local, query) = (self.layout.local_rows(), self.query.clone());
-        let kept = &mut cache.layers[layer];
-        kept.copy_from(rank.backend, 0, &self.working, local.start, local.len())?;
+        let (kept, tail) = (&mut cache.layers[layer], cache.local);
+        match eviction {
+            Some(eviction) => eviction.keep(rank, &self.working, kept)?,
+            None => kept.copy_from(rank.backend, 0, &self.working, local.start, local.len())?,
+        }
         if cache.tail > 0 {
-            kept.copy_from(rank.backend, cache.local, &self.working, query.start, query.len())?;
+            kept.copy_from(rank.backend, tail, &self.working, query.start, query.len())?;
         }
         Ok(())
     }

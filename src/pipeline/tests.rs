@@ -49,6 +49,7 @@ impl Engine for Scripted {
             has_retaining_heads: false,
             concurrency: self.concurrency,
             device: "none".to_owned(),
+            shape: None,
         }
     }
 

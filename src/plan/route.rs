@@ -37,8 +37,10 @@ pub struct GroupShape {
 pub struct Offer {
     /// Predicted seconds of its prefill, alone.
     pub seconds: f64,
-    /// Memory, in bytes.
-    pub bytes: u64,
+    /// Memory that it keeps until its end, in bytes.
+    pub kept_bytes: u64,
+    /// Memory of its prefill besides, in bytes: one prefill at a time has it.
+    pub transient_bytes: u64,
 }
 
 /// What a group has in hand.
@@ -46,8 +48,10 @@ pub struct Offer {
 pub struct Load {
     /// Documents.
     pub documents: usize,
-    /// Their memory, in bytes.
-    pub bytes: u64,
+    /// Memory that they keep, in bytes.
+    pub kept_bytes: u64,
+    /// Memory of the prefill among them that needs most, in bytes.
+    pub transient_bytes: u64,
     /// Predicted seconds until all of them are prefilled.
     pub backlog_s: f64,
     /// Predicted seconds of the longest document that it takes now; less than 0: it takes none.
@@ -150,7 +154,10 @@ impl Router {
         let (mut running_s, mut ahead) = (0.0f64, Vec::new());
         for placed in self.placed.values().filter(|placed| placed.group == group) {
             load.documents += 1;
-            load.bytes = load.bytes.saturating_add(placed.offer.bytes);
+            load.kept_bytes = load.kept_bytes.saturating_add(placed.offer.kept_bytes);
+            if placed.left != Some(0.0) {
+                load.transient_bytes = load.transient_bytes.max(placed.offer.transient_bytes);
+            }
             let left_s = placed.left.unwrap_or(1.0) * placed.offer.seconds;
             load.backlog_s += left_s;
             match placed.left {
@@ -167,31 +174,33 @@ impl Router {
 
     /// The next document that can go somewhere, and where; it has gone there then. Ask until there is none.
     pub fn place_next(&mut self) -> Option<(Ticket, usize)> {
-        let mut kept = vec![false; self.groups.len()];
+        let mut kept_free = vec![false; self.groups.len()];
         let loads: Vec<Load> = (0..self.groups.len()).map(|group| self.load(group)).collect();
         let tickets: Vec<Ticket> = self.waiting.keys().copied().collect();
         for ticket in tickets {
             let waiting = &self.waiting[&ticket];
-            if let Some(group) = self.destination(waiting, &loads, &kept) {
+            if let Some(group) = self.destination(waiting, &loads, &kept_free) {
                 self.go(ticket, group);
                 return Some((ticket, group));
             }
             if waiting.overtaken >= OVERTAKEN_AT_MOST
                 && let Some(group) = self.largest(waiting)
             {
-                kept[group] = true;
+                kept_free[group] = true;
             }
         }
         None
     }
 
     /// Where a document goes now, if it can.
-    fn destination(&self, waiting: &Waiting, loads: &[Load], kept: &[bool]) -> Option<usize> {
+    fn destination(&self, waiting: &Waiting, loads: &[Load], kept_free: &[bool]) -> Option<usize> {
         let can = |group: usize| {
             let (offer, load) = (waiting.offers[group]?, &loads[group]);
             let shape = &self.groups[group].shape;
-            let has_room = load.documents < shape.slots && load.bytes.saturating_add(offer.bytes) <= shape.memory_bytes;
-            let can = self.groups[group].is_open && !kept[group] && (has_room || load.documents == 0);
+            let transient_bytes = load.transient_bytes.max(offer.transient_bytes);
+            let needed_bytes = load.kept_bytes.saturating_add(offer.kept_bytes).saturating_add(transient_bytes);
+            let has_room = load.documents < shape.slots && needed_bytes <= shape.memory_bytes;
+            let can = self.groups[group].is_open && !kept_free[group] && (has_room || load.documents == 0);
             can.then_some((group, offer.seconds, load))
         };
         let open = || (0..self.groups.len()).filter_map(can);

@@ -11,7 +11,7 @@ use super::mix::{Arrivals, Mix};
 use super::outcome::{Done, Outcome};
 use super::profile::Profiles;
 use crate::engine::schedule::Limits;
-use crate::plan::route::{GroupShape, Offer, Router, Ticket};
+use crate::plan::route::{GroupShape, Router, Ticket};
 
 /// What is simulated.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -168,7 +168,7 @@ impl<'a> Simulation<'a> {
         for group in 0..self.groups.len() {
             if let Some(profile) = self.profiles.get(self.groups[group].ranks, part) {
                 fits = true;
-                self.router.offer(ticket, group, Offer { seconds: profile.prefill_s(), bytes: profile.bytes() });
+                self.router.offer(ticket, group, profile.offer());
             }
         }
         match fits {

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use super::mix::Mix;
 use crate::cost::CostModel;
 use crate::engine::schedule::Needs;
+use crate::plan::route::Offer;
 use crate::plan::{PlanError, PrefillPlan, QUERY_CHUNK};
 
 /// A document on a group.
@@ -26,6 +27,12 @@ impl Profile {
     /// Seconds until it generates, if nothing else runs.
     pub fn prefill_s(&self) -> f64 {
         self.layer_s * self.needs.layers as f64 + self.query_pass_s * self.needs.query_passes as f64
+    }
+
+    /// As routing asks for it.
+    pub fn offer(&self) -> Offer {
+        let Needs { kept_bytes, transient_bytes, .. } = self.needs;
+        Offer { seconds: self.prefill_s(), kept_bytes, transient_bytes }
     }
 
     /// Bytes it takes on a rank while it prefills.
@@ -95,6 +102,6 @@ fn profile(model: &CostModel, plan: &PrefillPlan, ranks: usize, new_tokens: usiz
         needs: Needs { layers, layer_flops: busiest / layers as f64, query_passes, kept_bytes, transient_bytes },
         layer_s: (prefill.seconds + if query_passes == 0 { first_token_s } else { 0.0 }) / layers as f64,
         query_pass_s: first_token_s / query_passes.max(1) as f64,
-        kept_tokens: plan.context + plan.query,
+        kept_tokens: model.kept_tokens(plan),
     }
 }

@@ -79,8 +79,12 @@ pub trait Store: DropStore + ExportStore + CostStore {
     /// `false`: the attempt is not the job's attempt any more, and nothing was written.
     async fn finish(&self, lease: &Lease, report: &AttemptReport) -> Result<bool, StoreError>;
 
-    /// Cancels a queued job at once; asks the worker of a running one to stop (it learns by its next heartbeat).
+    /// Cancels a queued job at once; asks the worker of a running one to stop (it learns when it next asks).
     async fn cancel(&self, job: JobId) -> Result<CancelOutcome, StoreError>;
+
+    /// Those of `held` that somebody wants cancelled. Reads only, by key: cheap enough to be asked several times a second.
+    /// The one method that may be dropped before its end.
+    async fn cancels(&self, held: &[Lease]) -> Result<Vec<Lease>, StoreError>;
 
     /// Queues dead or failed jobs again with clean counters. Returns how many.
     async fn replay(&self, what: &Replay) -> Result<u64, StoreError>;

@@ -12,6 +12,7 @@ use std::time::Duration;
 use super::engine::{EngineOptions, SupervisedEngine};
 use super::speeds::Speeds;
 use super::state::Outlook;
+use crate::cost::{Learned, Observation, Place};
 use crate::engine::{Engine, EngineError, EngineInfo, InferOutcome, InferRequest, Observer, Progress};
 use crate::plan::route::{GroupShape, Offer, Router, Ticket};
 use crate::plan::{AttentionRequest, PrefillPlan};
@@ -37,6 +38,8 @@ pub struct Pool {
     groups: Vec<Member>,
     info: EngineInfo,
     state: Mutex<State>,
+    /// Told what every inference took.
+    observed: Box<dyn Fn(Observation) + Send + Sync>,
     /// Somebody was placed, or may be now.
     changed: Condvar,
 }
@@ -63,8 +66,12 @@ enum Answer {
 }
 
 impl Pool {
-    /// Starts all engines at once, and waits for their models, which have to be the same.
-    pub fn start(mut groups: Vec<(PoolGroup, Component)>) -> Result<Self, String> {
+    /// Starts all engines at once, and waits for their models, which have to be the same. `observed` is told what every inference took; it must
+    /// not block.
+    pub fn start(
+        mut groups: Vec<(PoolGroup, Component)>,
+        observed: impl Fn(Observation) + Send + Sync + 'static,
+    ) -> Result<Self, String> {
         groups.sort_by_key(|(group, _)| group.ranks);
         let culprits = Arc::default();
         let ranks: Vec<usize> = groups.iter().map(|(group, _)| group.ranks).collect();
@@ -88,13 +95,15 @@ impl Pool {
             memory_bytes: u64::MAX,
         };
         let router = Router::new(groups.iter().zip(&ranks).map(shape));
-        let state = Mutex::new(State { router, speeds: Speeds::new(ranks), tickets: 0 });
-        Ok(Self { groups, info, state, changed: Condvar::new() })
+        let infos: Vec<EngineInfo> = groups.iter().map(|member| member.engine.info()).collect();
+        let speeds = Speeds::new(ranks.into_iter().zip(&infos));
+        let state = Mutex::new(State { router, speeds, tickets: 0 });
+        Ok(Self { groups, info, state, observed: Box::new(observed), changed: Condvar::new() })
     }
 
-    /// What each group says of itself: its name and its engine.
-    pub fn groups(&self) -> impl Iterator<Item = (&str, EngineInfo)> {
-        self.groups.iter().map(|member| (member.name.as_str(), member.engine.info()))
+    /// Takes over what was learned about groups before.
+    pub fn learn(&self, known: &[(Place, Learned)]) {
+        self.state().speeds.learn(known);
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -219,10 +228,10 @@ impl<'a> Seat<'a> {
                 // It is asked again when it has an engine.
                 Err(_) => continue,
             };
-            if let Some(demand) = demand.filter(|demand| demand.needed_bytes > demand.available_bytes) {
+            if let Some(demand) = demand.filter(|demand| demand.needed_bytes() > demand.available_bytes) {
                 self.answers[index] = Answer::TooSmall(EngineError::Memory {
                     tokens: self.request.context.len(),
-                    needed_bytes: demand.needed_bytes,
+                    needed_bytes: demand.needed_bytes(),
                     available_bytes: demand.available_bytes,
                 });
                 continue;
@@ -232,8 +241,9 @@ impl<'a> Seat<'a> {
             if let Some(demand) = demand {
                 state.router.set_shape(index, |shape| shape.memory_bytes = demand.available_bytes);
             }
-            let bytes = demand.map_or(0, |demand| demand.needed_bytes);
-            state.router.offer(self.ticket, index, Offer { seconds, bytes });
+            let (kept_bytes, transient_bytes) =
+                demand.map_or((0, 0), |demand| (demand.kept_bytes, demand.transient_bytes));
+            state.router.offer(self.ticket, index, Offer { seconds, kept_bytes, transient_bytes });
             self.answers[index] = Answer::Fits(plan);
         }
         Ok(())
@@ -270,7 +280,9 @@ impl<'a> Seat<'a> {
             observer(progress)
         })?;
         if let Answer::Fits(plan) = &self.answers[group] {
-            let rate = self.pool.state().speeds.observe(group, plan, outcome.prefill);
+            let seen = self.pool.state().speeds.observe(group, plan, &outcome);
+            seen.into_iter().for_each(|observation| (self.pool.observed)(observation));
+            let rate = plan.context as f64 / outcome.prefill.as_secs_f64().max(1e-6);
             metrics::GROUP_RATE.set(&[&member.name], rate as u64);
         }
         Ok(outcome)

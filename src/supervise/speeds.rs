@@ -1,20 +1,13 @@
-//! How fast each group of a pool was seen to prefill, and what follows for the next document.
+//! How long each group of a pool will take for a document: what the cost model predicts, times what was learned of this installation.
 //!
-//! Invariant: pure. What was never seen is guessed from what was: other lengths of the same group, then other groups by their devices; so that
-//! groups compare also before each has seen everything.
+//! Invariant: no I/O. A group that has learned nothing yet is taken to be off by as much as those that have, so that groups compare from the start.
 
-use std::collections::HashMap;
-use std::time::Duration;
+use crate::cost::{Calibration, CostModel, Learned, Observation, Place, Work};
+use crate::engine::{EngineInfo, InferOutcome};
+use crate::plan::PrefillPlan;
 
-use crate::plan::{AttentionMode, PrefillPlan};
-
-/// What a device is taken to do before any has done anything, in tokens a second. Only relations between groups follow from it.
+/// What a device is taken to do whose engine says nothing of its model, in tokens a second; what is learned corrects it.
 const GUESS_PER_RANK: f64 = 1000.0;
-/// Weight of the latest document.
-const LATEST: f64 = 0.3;
-
-/// One kind of prefill: strategy, and the power of four that its length is next to.
-type Kind = (AttentionMode, u32);
 
 /// Speeds of all groups.
 #[derive(Debug)]
@@ -24,76 +17,138 @@ pub(super) struct Speeds {
 
 #[derive(Debug)]
 struct Group {
+    place: Place,
     ranks: usize,
-    /// Context tokens a second.
-    seen: HashMap<Kind, f64>,
+    /// Absent where the engine does not say what its model is.
+    model: Option<CostModel>,
+    learned: Learned,
 }
 
 impl Speeds {
-    /// Of groups with so many devices each.
-    pub fn new(ranks: impl IntoIterator<Item = usize>) -> Self {
-        let group = |ranks: usize| Group { ranks: ranks.max(1), seen: HashMap::new() };
-        Self { groups: ranks.into_iter().map(group).collect() }
+    /// Of engines with so many devices each.
+    pub fn new<'a>(engines: impl IntoIterator<Item = (usize, &'a EngineInfo)>) -> Self {
+        let group = |(ranks, info): (usize, &EngineInfo)| Group {
+            place: Place {
+                model_digest: info.model_digest.clone(),
+                device: info.device.clone(),
+                ranks: u32::try_from(ranks).unwrap_or(u32::MAX),
+            },
+            ranks: ranks.max(1),
+            // Rates of another device are off by a factor, which is what is learned.
+            model: info.shape.map(|shape| CostModel::new(shape, Calibration::h100())),
+            learned: Learned::default(),
+        };
+        Self { groups: engines.into_iter().map(group).collect() }
     }
 
-    /// A group has prefilled a plan in so much time, in tokens a second.
-    pub fn observe(&mut self, group: usize, plan: &PrefillPlan, prefill: Duration) -> f64 {
-        let rate = plan.context as f64 / prefill.as_secs_f64().max(1e-6);
-        let seen = self.groups[group].seen.entry(kind(plan)).or_insert(rate);
-        *seen += LATEST * (rate - *seen);
-        rate
+    /// Takes over what was learned before.
+    pub fn learn(&mut self, known: &[(Place, Learned)]) {
+        for group in &mut self.groups {
+            if let Some((_, learned)) = known.iter().find(|(place, _)| *place == group.place) {
+                group.learned = *learned;
+            }
+        }
     }
 
     /// Seconds that a group will take for a plan's prefill.
     pub fn seconds(&self, group: usize, plan: &PrefillPlan) -> f64 {
-        let ranks = self.groups[group].ranks as f64;
-        let others = || {
-            let rates: Vec<f64> =
-                self.groups.iter().filter_map(|other| Some(other.rate(kind(plan))? / other.ranks as f64)).collect();
-            (!rates.is_empty()).then(|| ranks * rates.iter().sum::<f64>() / rates.len() as f64)
+        let group = &self.groups[group];
+        let factor = match group.learned.prefill {
+            Some(_) => group.learned.factor(Work::Prefill),
+            None => self.usual_factor(),
         };
-        let rate = self.groups[group].rate(kind(plan)).or_else(others).unwrap_or(ranks * GUESS_PER_RANK);
-        plan.context as f64 / rate
+        group.prefill_s(plan) * factor
+    }
+
+    /// Takes in what an inference took, and returns it for others to learn from.
+    pub fn observe(&mut self, group: usize, plan: &PrefillPlan, outcome: &InferOutcome) -> Vec<Observation> {
+        let group = &mut self.groups[group];
+        let observation =
+            |work, predicted_s, observed_s| Observation { place: group.place.clone(), work, predicted_s, observed_s };
+        let mut seen = vec![observation(Work::Prefill, group.prefill_s(plan), outcome.prefill.as_secs_f64())];
+        if let Some(model) = &group.model {
+            let cost = model.document(plan, group.ranks, outcome.tokens.len());
+            let predicted_s = cost.seconds() - cost.prefill_s;
+            seen.push(observation(Work::Generate, predicted_s, outcome.generate.as_secs_f64()));
+        }
+        seen.iter().for_each(|observation| group.learned.observe(observation));
+        seen
+    }
+
+    /// By how much predictions are off where something was learned: the geometric mean.
+    fn usual_factor(&self) -> f64 {
+        let factors: Vec<f64> = self.groups.iter().filter_map(|group| Some(group.learned.prefill?.ln_factor)).collect();
+        if factors.is_empty() { 1.0 } else { (factors.iter().sum::<f64>() / factors.len() as f64).exp() }
     }
 }
 
 impl Group {
-    /// Of the kind that is nearest: the same strategy first, then the nearest length.
-    fn rate(&self, (mode, size): Kind) -> Option<f64> {
-        let distance = |kind: &Kind| (kind.0 != mode, kind.1.abs_diff(size), kind.1);
-        self.seen.iter().min_by_key(|(kind, _)| distance(kind)).map(|(_, rate)| *rate)
+    /// As predicted, without what was learned.
+    fn prefill_s(&self, plan: &PrefillPlan) -> f64 {
+        match &self.model {
+            Some(model) => model.document(plan, self.ranks, 0).prefill_s,
+            None => plan.context as f64 / (self.ranks as f64 * GUESS_PER_RANK),
+        }
     }
-}
-
-fn kind(plan: &PrefillPlan) -> Kind {
-    (plan.mode, (plan.context.max(1) as f64).log(4.0).round() as u32)
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
-    use crate::plan::{AttentionRequest, Capabilities};
+    use std::time::Duration;
 
-    fn plan(context: usize, mode: AttentionMode) -> PrefillPlan {
+    use super::*;
+    use crate::cost::ModelShape;
+    use crate::generate::StopReason;
+    use crate::plan::{AttentionMode, AttentionRequest, Capabilities};
+
+    fn plan(context: usize) -> PrefillPlan {
         let capabilities = Capabilities { has_retaining_heads: true, max_hosts: 8 };
-        let request = AttentionRequest { mode: Some(mode), ..AttentionRequest::default() };
+        let request = AttentionRequest { mode: Some(AttentionMode::Full), ..AttentionRequest::default() };
         PrefillPlan::new(context, 10, 1, &request, capabilities).expect("a plan")
     }
 
+    fn info(shape: Option<ModelShape>) -> EngineInfo {
+        EngineInfo {
+            model: "m".to_owned(),
+            model_digest: "d".to_owned(),
+            max_tokens: 1 << 20,
+            has_retaining_heads: true,
+            concurrency: 1,
+            device: "gpu".to_owned(),
+            shape,
+        }
+    }
+
+    fn outcome(plan: &PrefillPlan, prefill_s: f64) -> InferOutcome {
+        InferOutcome {
+            tokens: vec![1; 8],
+            text: String::new(),
+            stop: StopReason::EndOfText,
+            plan: plan.clone(),
+            prefill: Duration::from_secs_f64(prefill_s),
+            generate: Duration::from_millis(100),
+        }
+    }
+
     #[test]
-    fn what_was_not_seen_is_guessed_from_the_nearest_that_was() {
-        let mut speeds = Speeds::new([1, 4]);
-        let (short, long) = (plan(4096, AttentionMode::Full), plan(65536, AttentionMode::Full));
-        assert!((speeds.seconds(0, &short) / speeds.seconds(1, &short) - 4.0).abs() < 1e-9);
-        speeds.observe(0, &short, Duration::from_secs(2));
-        assert!((speeds.seconds(0, &short) - 2.0).abs() < 1e-9);
-        assert!((speeds.seconds(1, &short) - 0.5).abs() < 1e-9, "four devices do four times as much");
-        assert!((speeds.seconds(0, &long) - 32.0).abs() < 1e-9, "another length of the same strategy");
-        speeds.observe(0, &long, Duration::from_secs(100));
-        assert!((speeds.seconds(0, &long) - 100.0).abs() < 1e-9);
-        assert!((speeds.seconds(0, &plan(60000, AttentionMode::Apb)) - 60000.0 / 655.36).abs() < 1e-6);
-        speeds.observe(0, &short, Duration::from_secs(1));
-        let seconds = speeds.seconds(0, &short);
-        assert!(seconds < 2.0 && seconds > 1.0, "{seconds}");
+    fn what_one_group_learned_holds_for_the_others_until_they_know_better() {
+        for shape in [None, ModelShape::published("llama-3.1-8b", 1024)] {
+            let info = info(shape);
+            let mut speeds = Speeds::new([(1, &info), (4, &info)]);
+            let (short, long) = (plan(4096), plan(65536));
+            let [one, four] = [speeds.seconds(0, &short), speeds.seconds(1, &short)];
+            assert!(four < one + 1e-12, "{four} {one}");
+            speeds.observe(0, &short, &outcome(&short, 100.0 * one));
+            assert!((speeds.seconds(0, &short) / one - 100.0).abs() < 1e-6);
+            assert!((speeds.seconds(1, &short) / four - 100.0).abs() < 1e-6, "the same kind of device");
+            assert!(speeds.seconds(0, &long) > 15.0 * speeds.seconds(0, &short), "longer takes longer");
+            let seen = speeds.observe(1, &short, &outcome(&short, 10.0 * four));
+            assert!((speeds.seconds(1, &short) / four - 10.0).abs() < 1e-6, "it knows better now");
+            let mut again = Speeds::new([(1, &info), (4, &info)]);
+            let mut learned = Learned::default();
+            seen.iter().for_each(|observation| learned.observe(observation));
+            again.learn(&[(seen[0].place.clone(), learned)]);
+            assert!((again.seconds(1, &short) - speeds.seconds(1, &short)).abs() < 1e-9, "what was kept comes back");
+        }
     }
 }

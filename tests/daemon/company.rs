@@ -98,7 +98,7 @@ async fn a_request_that_stands_still_while_others_go_on_ends_alone() {
     daemon.ready().await;
     let (publisher, store) = (site.publisher().await, site.store().await);
     // One that ends when it is told to, and one for which the whole engine has to end.
-    for (seed, engine_ends) in [(7, false), (8, true)] {
+    for (seed, engine_ends) in [(7, false), (9, true)] {
         let neighbour = site.send_lasting(&publisher, 120).await;
         together(&*store, &[neighbour]).await;
         let ends = daemon.log().matches("is replaced").count();

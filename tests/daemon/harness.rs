@@ -25,6 +25,9 @@ use crate::services::{free_port, rabbitmq};
 /// Long enough for a machine that compiles at the same time; nothing is measured by it.
 pub const SOON: Duration = Duration::from_secs(60);
 
+/// What is promised after the broker is back, or a connection to it was lost.
+pub const CONSUMING_AGAIN: Duration = Duration::from_secs(30);
+
 /// Where the model does not matter.
 const SCRIPTED_ENGINE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/daemon/scripted_engine.py");
 
@@ -36,6 +39,9 @@ pub struct Site {
     pub database: StoreUrl,
     /// Lines of `[engine]`.
     pub engine: String,
+    pub lease_s: u32,
+    /// What is logged.
+    pub log: &'static str,
     pub extra: String,
     pub variables: BTreeMap<String, String>,
 }
@@ -77,6 +83,8 @@ impl Site {
             queue: format!("jobs-{}", JobId::random()),
             broker_url: broker_url.to_owned(),
             engine: format!("command = [\"python3\", \"{SCRIPTED_ENGINE}\"]\nsilence_floor_s = 2\n"),
+            lease_s: 3,
+            log: "info",
             extra: String::new(),
             variables: BTreeMap::new(),
         };
@@ -111,12 +119,13 @@ impl Site {
         let text = format!(
             "[database]\nurl = \"{}\"\n[amqp]\nurl = \"{}\"\nqueue = \"{}\"\nreply_targets = [\"done-*\"]\nwindow = 50\nprefetch = 20\n\
              [files]\nfolders = [\"{}\"]\n[engine]\n{}\
-             [work]\nlease_s = 3\npoll_ms = 20\ngrace_s = 2\nmax_attempts = 2\n[http]\nlisten = \"127.0.0.1:{port}\"\n{}",
+             [work]\nlease_s = {}\npoll_ms = 20\ngrace_s = 2\nmax_attempts = 2\n[http]\nlisten = \"127.0.0.1:{port}\"\n{}",
             database_url(&self.database),
             self.broker_url,
             self.queue,
             self.path("documents").display(),
             self.engine,
+            self.lease_s,
             self.extra,
         );
         let path = self.path(&format!("apbd-{port}.toml"));
@@ -129,7 +138,7 @@ impl Site {
         let port = free_port();
         let log = self.path(&format!("daemon-{port}.log"));
         let child = Command::new(env!("CARGO_BIN_EXE_apbd"))
-            .args(["--log", "info", "serve", "--config"])
+            .args(["--log", self.log, "serve", "--config"])
             .arg(self.configuration(port))
             .envs(&self.variables)
             .stdin(Stdio::null())
@@ -344,6 +353,12 @@ pub async fn ended(store: &dyn Store, job: JobId) -> JobDetail {
         assert!(start.elapsed() < SOON, "the job has not ended");
         tokio::time::sleep(Duration::from_millis(30)).await;
     }
+}
+
+/// Waits until the daemon consumes again: until this job of it has succeeded.
+pub async fn consumes_again(store: &dyn Store, job: JobId) -> JobDetail {
+    let again = tokio::time::timeout(CONSUMING_AGAIN, succeeded(store, job)).await;
+    again.unwrap_or_else(|_| panic!("it does not consume again within {CONSUMING_AGAIN:?}"))
 }
 
 pub async fn succeeded(store: &dyn Store, job: JobId) -> JobDetail {

@@ -3,6 +3,7 @@
 #[path = "../services/mod.rs"]
 mod services;
 
+mod broker;
 mod company;
 mod drops;
 mod errors;

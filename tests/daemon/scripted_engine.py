@@ -2,7 +2,7 @@
 
 seed 0: an answer at once · 1: the process dies, a tenth of a second later if other requests are in it · 2: silence of the whole process · 3: a failed device · 4: an answer after `max_new_tokens` x 100 ms with signs of progress · 5: dies if the file named by
 SCRIPT_FILE is not there yet, and makes it · 6: a model that gives nothing usable · 7: this request alone stands still, and ends when it is
-cancelled · 8: as 7, and does not listen.
+cancelled · 8: as 4, with the signs of a prefill · 9: as 7, and does not listen.
 
 A request needs a byte of memory for every token of its context; an engine that is brought more than it has ends.
 
@@ -62,10 +62,12 @@ def infer(id, request):
         time.sleep(3600)
     if seed == 3:
         return {"Err": {"error": "device", "reason": "scripted"}}
-    if seed == 4:
+    if seed in (4, 8):
         for step in range(tokens):
             time.sleep(0.1)
-            say({"answer": "progress", "id": id, "progress": {"stage": "generate", "tokens": step + 1, "at_most": tokens}})
+            generated = {"stage": "generate", "tokens": step + 1, "at_most": tokens}
+            read = {"stage": "prefill", "layers_done": step, "layers": tokens}
+            say({"answer": "progress", "id": id, "progress": generated if seed == 4 else read})
             if cancelled[id].is_set():
                 return {"Err": {"error": "cancelled"}}
     if seed == 5 and not os.path.exists(os.environ["SCRIPT_FILE"]):
@@ -76,7 +78,7 @@ def infer(id, request):
     if seed == 7:
         cancelled[id].wait()
         return {"Err": {"error": "cancelled"}}
-    if seed == 8:
+    if seed == 9:
         time.sleep(3600)
     zero = {"secs": 0, "nanos": 0}
     outcome = {"tokens": [1, 2], "text": f"read {len(request['context'])}", "stop": "end_of_text", "prefill": zero, "generate": zero}
@@ -101,7 +103,7 @@ def main():
             if id in cancelled:
                 cancelled[id].set()
         elif ask["ask"] == "plan":
-            demand = MEMORY and {"needed_bytes": ask["context"], "available_bytes": MEMORY}
+            demand = MEMORY and {"kept_bytes": ask["context"], "transient_bytes": 0, "available_bytes": MEMORY}
             say({"answer": "planned", "id": id, "result": {"Ok": plan(ask["context"], ask["query"])}, "demand": demand})
         elif ask["ask"] == "infer":
             cancelled[id], needed[id] = threading.Event(), len(ask["request"]["context"])

@@ -19,6 +19,7 @@ const APB: Case = Case {
     passing: 3,
     query_at: 2,
     query_in_anchor: true,
+    kv_budget: None,
     selector: Selector::RetainingHead,
     execution: Execution {
         placement: Placement::Contiguous,

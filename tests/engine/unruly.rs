@@ -162,8 +162,17 @@ struct Ended {
 
 impl Trial {
     fn new(mode: AttentionMode, selector: Selector, execution: apbd::plan::Execution) -> Self {
-        let case =
-            Case { mode, hosts: 6, anchor: 12, passing: 3, query_at: 2, query_in_anchor: true, selector, execution };
+        let case = Case {
+            mode,
+            hosts: 6,
+            anchor: 12,
+            passing: 3,
+            query_at: 2,
+            query_in_anchor: true,
+            selector,
+            kv_budget: None,
+            execution,
+        };
         Self { model: TinyModel::new(GROUPED, 1), tokens: distinct_tokens(67, 1), case }
     }
 

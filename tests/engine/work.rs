@@ -11,26 +11,19 @@ use super::oracle::Case;
 use super::runs::{self, DEADLINE, Forced};
 use super::strategies::EXECUTIONS;
 
+const SELECTORS: [Selector; 3] = [Selector::RetainingHead, Selector::QueryAware, Selector::Random { seed: 1 }];
+
 #[test]
 fn a_prefill_takes_the_operations_that_are_counted_for_it() {
     let model = TinyModel::new(GROUPED, 1);
     let modes =
         [AttentionMode::Full, AttentionMode::Ring, AttentionMode::Ulysses, AttentionMode::Star, AttentionMode::Apb];
-    for (mode, execution) in
-        modes.into_iter().flat_map(|mode| EXECUTIONS.iter().map(move |execution| (mode, *execution)))
-    {
-        for selector in [Selector::RetainingHead, Selector::QueryAware, Selector::Random { seed: 1 }] {
-            let case = Case {
-                mode,
-                hosts: 6,
-                anchor: 14,
-                passing: 4,
-                query_at: 2,
-                query_in_anchor: true,
-                selector,
-                execution,
-            };
-            for ranks in [1, 2, 3, 6, 8] {
+    let budgets = [None, Some(50)];
+    for (mode, execution) in modes.iter().flat_map(|mode| EXECUTIONS.map(|execution| (*mode, execution))) {
+        for (selector, kv_budget) in SELECTORS.iter().flat_map(|selector| budgets.map(|budget| (*selector, budget))) {
+            let (hosts, anchor, passing, query_at, query_in_anchor) = (6, 14, 4, 2, true);
+            let case = Case { mode, hosts, anchor, passing, query_at, query_in_anchor, selector, execution, kv_budget };
+            for ranks in [1, 2, 3, 8] {
                 check(&model, &case, ranks);
             }
         }

@@ -3,11 +3,12 @@
 //! Start: the configuration as a whole, then the port, the database, the engine; each is waited for with words. Stop: the doors close, what
 //! is in the engine may end within the grace, the rest is handed back, events are flushed. SIGHUP: both, in this order reversed.
 //!
-//! Invariant: every task that was started has ended when this returns.
+//! Invariant: every task that was started has ended when this returns; a decoder that nobody waits for any more ends with the process.
 
 mod engines;
 mod events;
 mod gauges;
+mod learned;
 mod reload;
 
 use std::collections::BTreeMap;
@@ -22,6 +23,7 @@ use tracing::{info, warn};
 use super::run::{model, prompter};
 use super::{CliError, Status, runtime};
 use crate::config::{AmqpConfig, Config};
+use crate::cost::Observation;
 use crate::document::fetch::{AllowedSource, DocumentSource, S3Source};
 use crate::engine::Engine;
 use crate::intake::amqp::hints::HintQueue;
@@ -45,6 +47,8 @@ const START_WAIT: Duration = Duration::from_secs(2);
 const START_WITHIN: Duration = Duration::from_secs(120);
 /// Where nothing is said: one job is prepared ahead for so many in the engines, since they do not all end at once.
 const AHEAD_PART: usize = 4;
+/// How long the end waits for a question that is being answered.
+const LAST_ANSWER: Duration = Duration::from_secs(1);
 /// Where this machine says its name.
 const HOST_NAME: &str = "/proc/sys/kernel/hostname";
 
@@ -71,13 +75,16 @@ impl Args {
         let model = model::find(config.engine.model.as_deref()).map_err(CliError::Usage)?;
         let stores = clients(&config)?;
         let (handle, shutdown) = shutdown::channel();
-        let ended = runtime()?.block_on(async {
+        let runtime = runtime()?;
+        let ended = runtime.block_on(async {
             let signals = |error| CliError::Internal(format!("signals: {error}"));
             let reload = Reload::on_hangup(self.config, handle.clone()).map_err(signals)?;
             shutdown::on_signals(handle, told).map_err(signals)?;
             serve(config, model, stores, shutdown).await.map(|()| reload)
-        })?;
-        if ended.is_asked() {
+        });
+        // A thread may be deep in a document whose job was handed back: the end does not wait for it.
+        runtime.shutdown_background();
+        if ended?.is_asked() {
             return Err(reload::start_again());
         }
         Ok(Status::Done)
@@ -102,8 +109,8 @@ async fn serve(config: Config, model: PathBuf, stores: Vec<ObjectClient>, shutdo
     let daemon = Daemon { config, stores, store, health, start };
     let ended = daemon.run(&model, shutdown).await;
     over.cancel();
-    // It only answers questions; that it failed was its asker's to see.
-    let _ = answering.await;
+    // It only answers questions; that it failed was its asker's to see, and one who asks slowly holds up no stop.
+    let _ = tokio::time::timeout(LAST_ANSWER, answering).await;
     daemon.store.close().await;
     ended
 }
@@ -138,7 +145,9 @@ struct Daemon {
 
 impl Daemon {
     async fn run(&self, model: &Path, shutdown: Shutdown) -> Result<(), CliError> {
-        let engine = self.start_engines(model).await?;
+        let (observed, observations) = learned::channel();
+        let engine = self.start_engines(model, observed).await?;
+        engine.learn(&self.store.cost_learned(&engine.info().model_digest).await?);
         let names: Vec<&str> = self.config.engine.groups.iter().map(|group| group.name.as_str()).collect();
         let ahead = self.config.work.ahead.unwrap_or(engine.info().concurrency / AHEAD_PART).max(1);
         let parts = Parts {
@@ -160,12 +169,13 @@ impl Daemon {
         }
         let writing =
             writer.map(|writer| tokio::spawn(writer.run(flushed.clone().cancelled_owned(), shutdown.clone())));
+        let learning = tokio::spawn(observations.keep(self.store.clone(), flushed.clone().cancelled_owned()));
         let sampling = tokio::spawn(gauges::sample(self.store.clone(), flushed.clone().cancelled_owned()));
         self.start.ready();
         info!(worker.pid = process::id(), "serving");
         let worked = Pipeline::new(parts, self.settings(ahead)).run(shutdown.clone()).await;
         flushed.cancel();
-        for task in doors.into_iter().chain(outbox).chain(writing).chain([sampling]) {
+        for task in doors.into_iter().chain(outbox).chain(writing).chain([sampling, learning]) {
             if let Err(error) = task.await {
                 warn!(error.message = %error, "a task of the daemon ended badly");
             }
@@ -173,7 +183,11 @@ impl Daemon {
         worked.map_err(|error| CliError::Internal(error.to_string()))
     }
 
-    async fn start_engines(&self, model: &Path) -> Result<Arc<Pool>, CliError> {
+    async fn start_engines(
+        &self,
+        model: &Path,
+        observed: impl Fn(Observation) + Send + Sync + 'static,
+    ) -> Result<Arc<Pool>, CliError> {
         let groups = engines::groups(&self.config.engine, model)?;
         let is_one = groups.len() == 1;
         let health = |name: &str| match is_one {
@@ -182,7 +196,7 @@ impl Daemon {
         };
         let groups = groups.into_iter().map(|group| (health(&group.options.group), group));
         let groups: Vec<_> = groups.map(|(health, group)| (group, health)).collect();
-        let started = tokio::task::spawn_blocking(move || Pool::start(groups)).await;
+        let started = tokio::task::spawn_blocking(move || Pool::start(groups, observed)).await;
         let started = started.map_err(|error| CliError::Internal(error.to_string()))?;
         started.map(Arc::new).map_err(|reason| CliError::Unavailable(format!("the engine does not start: {reason}")))
     }

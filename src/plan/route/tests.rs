@@ -19,7 +19,9 @@ fn arrive(router: &mut Router, ticket: Ticket, seconds: f64, bytes: u64) {
     for group in 0..router.groups.len() {
         let shape = router.groups[group].shape;
         if bytes <= shape.memory_bytes {
-            router.offer(ticket, group, Offer { seconds: seconds / shape.ranks as f64, bytes });
+            // A fifth of it is the prefill's.
+            let (seconds, transient_bytes) = (seconds / shape.ranks as f64, bytes / 5);
+            router.offer(ticket, group, Offer { seconds, kept_bytes: bytes - transient_bytes, transient_bytes });
         }
     }
 }
@@ -89,7 +91,7 @@ fn a_closed_group_gets_nothing_and_what_comes_back_goes_elsewhere() {
 #[test]
 fn a_stream_of_short_documents_starves_no_long_one() {
     let mut router = router(&[shape(1, 4, 100)]);
-    arrive(&mut router, 0, 1.0, 60);
+    arrive(&mut router, 0, 1.0, 50);
     assert_eq!(all(&mut router), [(0, 0)]);
     router.prefilled(0, 1.0);
     arrive(&mut router, 1, 50.0, 100);
@@ -203,7 +205,7 @@ fn simulate(shapes: &[GroupShape], documents: &[Document]) -> Result<(), String>
 fn check(router: &Router, shapes: &[GroupShape]) -> Result<(), String> {
     for (group, shape) in shapes.iter().enumerate() {
         let load = router.load(group);
-        if load.bytes > shape.memory_bytes || load.documents > shape.slots {
+        if load.kept_bytes + load.transient_bytes > shape.memory_bytes || load.documents > shape.slots {
             return Err(format!("{load:?} in {shape:?}"));
         }
         let waits = router.waiting.values().any(|waiting| waiting.offers[group].is_some());

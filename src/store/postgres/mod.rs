@@ -135,6 +135,10 @@ impl Store for PostgresStore {
         self.cancel_job(job).await
     }
 
+    async fn cancels(&self, held: &[Lease]) -> Result<Vec<Lease>, StoreError> {
+        self.asked_to_stop(held).await
+    }
+
     async fn replay(&self, what: &Replay) -> Result<u64, StoreError> {
         self.replay_jobs(what).await
     }
