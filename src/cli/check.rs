@@ -52,7 +52,11 @@ impl Args {
             vec![line(format!("configuration {}", self.config.display()), Ok::<_, String>("complete".to_owned()))];
         let model = model::find(config.engine.model.as_deref());
         lines.push(line("model", model.map(|path| path.display().to_string())));
-        lines.push(line("backend", backend(&config.engine.backend)));
+        for group in &config.engine.groups {
+            let model = group.model.as_ref().map(|model| format!(", model {}", model.display())).unwrap_or_default();
+            let said = backend(&group.backend).map(|_| format!("{}{model}", group.devices()));
+            lines.push(line(format!("group {}", group.name), said));
+        }
         if !self.offline {
             runtime()?.block_on(connect(&config, &clients, &mut lines));
         }

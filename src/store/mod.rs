@@ -8,6 +8,7 @@
 //! Invariant: all SQL is below this module; a method that returned `Ok` has committed, one that returned `Err` has changed
 //! nothing or (connection lost in commit) can be repeated as it is.
 
+pub mod costs;
 pub mod drops;
 pub mod error;
 mod event;
@@ -25,6 +26,7 @@ use async_trait::async_trait;
 use crate::job::retry::RetryPolicy;
 use crate::job::{JobId, WorkerId};
 
+pub use costs::CostStore;
 pub use drops::{DropFate, DropFile, DropMark, DropSighting, DropStore, EndedFile, ReadyFiles};
 pub use error::StoreError;
 pub use exports::{Export, ExportStore};
@@ -53,7 +55,7 @@ pub async fn open(url: &StoreUrl, access: Access, retry: RetryPolicy) -> Result<
 
 /// The durable state of all jobs. Methods are not cancel-safe: run them to their end.
 #[async_trait]
-pub trait Store: DropStore + ExportStore {
+pub trait Store: DropStore + ExportStore + CostStore {
     /// Takes jobs in, all in one transaction; one answer a job, in order. Repeating it is a no-op.
     async fn enqueue(&self, jobs: &[NewJob]) -> Result<Vec<Enqueued>, StoreError>;
 

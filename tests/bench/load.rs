@@ -71,6 +71,7 @@ impl Engine for AtOnce {
             has_retaining_heads: false,
             concurrency: 1,
             device: name,
+            shape: None,
         }
     }
 

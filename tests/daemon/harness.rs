@@ -47,6 +47,26 @@ pub struct Site {
 }
 
 impl Site {
+    /// With an engine that takes so many requests at a time.
+    pub fn with_concurrency(concurrency: usize) -> Self {
+        let engine =
+            format!("command = [\"python3\", \"{SCRIPTED_ENGINE}\", \"{concurrency}\"]\nsilence_floor_s = 2\n");
+        Self { engine, ..Self::new() }
+    }
+
+    /// With a pool of these groups: name, documents at a time, memory in bytes; the later ones are the larger.
+    pub fn with_groups(groups: &[(&str, usize, usize)]) -> Self {
+        let mut extra = String::new();
+        for (number, (name, concurrency, memory)) in groups.iter().enumerate() {
+            let ranks = number + 1;
+            extra += &format!(
+                "[[pool.group]]\nname = \"{name}\"\nranks = {ranks}\n\
+                 command = [\"python3\", \"{SCRIPTED_ENGINE}\", \"{concurrency}\", \"{memory}\"]\n"
+            );
+        }
+        Self { engine: "silence_floor_s = 2\n".to_owned(), extra, ..Self::new() }
+    }
+
     /// With a queue of its own on the shared broker.
     pub fn new() -> Self {
         Self::on(&rabbitmq::shared().url())
@@ -163,6 +183,21 @@ impl Site {
         json!({ "version": 1, "task": "summarise", "documents": [{ "uri": uri }], "seed": 4, "max_new_tokens": tenths })
     }
 
+    /// Sends a job that is answered after so many tenths of a second.
+    pub async fn send_lasting(&self, publisher: &Publisher, tenths: u32) -> JobId {
+        let id = JobId::random();
+        self.send_raw(publisher, id, &self.lasting(tenths), None).await;
+        id
+    }
+
+    /// Sends a job over this document that is answered after so many tenths of a second.
+    pub async fn send_over(&self, publisher: &Publisher, uri: &str, tenths: u32) -> JobId {
+        let (id, mut body) = (JobId::random(), self.lasting(tenths));
+        body["documents"] = json!([{ "uri": uri }]);
+        self.send_raw(publisher, id, &body, None).await;
+        id
+    }
+
     /// Sends any JSON.
     pub async fn send_raw(&self, publisher: &Publisher, id: JobId, body: &Value, reply_to: Option<&str>) {
         let body = body.to_string();
@@ -209,6 +244,14 @@ impl Daemon {
     /// Its process.
     pub fn id(&self) -> u32 {
         self.child.id()
+    }
+
+    /// The processes of its engines: its children.
+    pub fn engines(&self) -> Vec<u32> {
+        // A thread's children are those that it started.
+        let Ok(tasks) = fs::read_dir(format!("/proc/{}/task", self.id())) else { return Vec::new() };
+        let children = tasks.flatten().filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
+        children.flat_map(|ids| ids.split_whitespace().filter_map(|id| id.parse().ok()).collect::<Vec<_>>()).collect()
     }
 
     /// What it had resident at most, in bytes.

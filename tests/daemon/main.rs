@@ -4,6 +4,7 @@
 mod services;
 
 mod broker;
+mod company;
 mod drops;
 mod errors;
 mod harness;
@@ -12,6 +13,7 @@ mod intake;
 mod life;
 mod objects;
 mod outputs;
+mod pool;
 mod reading;
 mod shared_database;
 mod supervision;

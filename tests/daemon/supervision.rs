@@ -1,6 +1,5 @@
 //! Engines that die, hang or break: each costs its own job only.
 
-use std::fs;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -144,12 +143,9 @@ async fn engines_that_keep_dying_stop_the_claims_and_the_readiness_until_one_liv
     }
 }
 
-/// The process of the daemon's engine: its child.
+/// The process of the daemon's engine.
 fn engine_process(daemon: &Daemon) -> Option<u32> {
-    // A thread's children are those that it started.
-    let tasks = fs::read_dir(format!("/proc/{}/task", daemon.id())).ok()?;
-    let children = tasks.flatten().filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
-    children.flat_map(|ids| ids.split_whitespace().filter_map(|id| id.parse().ok()).collect::<Vec<_>>()).next()
+    daemon.engines().into_iter().next()
 }
 
 fn signal(process: u32, name: &str) {

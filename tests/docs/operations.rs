@@ -65,7 +65,9 @@ fn alerts_ask_for_metrics_and_labels_that_there_are() {
 /// The example with its choices chosen.
 fn with_every_choice() -> String {
     let choice = |line: &str| {
-        let chosen = line.strip_prefix("# ").filter(|rest| rest.split_once(" = ").is_some_and(|(key, _)| is_key(key)));
+        let is_said =
+            |rest: &&str| rest.starts_with("[[") || rest.split_once(" = ").is_some_and(|(key, _)| is_key(key));
+        let chosen = line.strip_prefix("# ").filter(is_said);
         chosen.unwrap_or(line).to_owned()
     };
     read(EXAMPLE).lines().map(choice).collect::<Vec<_>>().join("\n")

@@ -17,3 +17,4 @@ mod runs;
 mod service;
 mod strategies;
 mod unruly;
+mod work;

@@ -6,6 +6,7 @@
 //!
 //! Invariant: every time is the database's; no statement and no lock lasts longer than the server is told to allow.
 
+mod costs;
 mod drops;
 mod error;
 mod exports;

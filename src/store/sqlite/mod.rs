@@ -2,6 +2,7 @@
 //!
 //! Invariant: one worker process at a time, by a lock on a file beside the database; every change is one `BEGIN IMMEDIATE` transaction.
 
+mod costs;
 mod drops;
 mod exports;
 mod finish;
