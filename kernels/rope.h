@@ -33,8 +33,8 @@ struct Places {
 struct Fp8Places {
     uint8_t* k[MAX_PLACES];
     uint8_t* v[MAX_PLACES];
-    float* k_scales[MAX_PLACES];
-    float* v_scales[MAX_PLACES];
+    uint8_t* k_scales[MAX_PLACES];
+    uint8_t* v_scales[MAX_PLACES];
     int32_t row[MAX_PLACES];
     int32_t capacity[MAX_PLACES];
     uint32_t position[MAX_PLACES];

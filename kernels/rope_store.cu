@@ -53,7 +53,7 @@ extern "C" __global__ void rope_store_each_fp8(
     for (int i = threadIdx.x / 32; i < 2 * kv_heads; i += blockDim.x / 32) {
         const bool is_key = i < kv_heads;
         uint8_t* codes = is_key ? places.k[blockIdx.x] : places.v[blockIdx.x];
-        float* scales = is_key ? places.k_scales[blockIdx.x] : places.v_scales[blockIdx.x];
+        uint8_t* scales = is_key ? places.k_scales[blockIdx.x] : places.v_scales[blockIdx.x];
         keep_head(row + (heads + i) * head_dim, KeptHead(codes, scales, i % kv_heads, capacity, to_row, head_dim), head_dim);
     }
 }

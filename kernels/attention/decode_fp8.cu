@@ -1,8 +1,8 @@
 // Decode attention over keys and values in FP8, bound by their bandwidth: as decode.cu, but codes go from shared memory straight into operands.
 //
 // The tensor cores multiply halves, which hold every code exactly. A row's scale is no part of its elements: that of a key multiplies its scores, that of a
-// value its weights. Queries are scaled by a power of two into the range of halves, and so are weights: `reference` is the largest power of two among the
-// values' scales so far. Each lane copies what it multiplies itself: since the order of dimensions in a dot product is free, a lane takes 16 successive codes of
+// value its weights. Queries are scaled by a power of two into the range of halves, and so are weights: `reference` is the largest exponent of the values'
+// scales so far. Each lane copies what it multiplies itself: since the order of dimensions in a dot product is free, a lane takes 16 successive codes of
 // a key (lane / 4 of eight); and since the order of output columns is, successive codes of four values (two pairs of neighbours).
 #include <attention/cursor.cuh>
 #include <attention/softmax.cuh>
@@ -31,7 +31,8 @@ struct Fp8Tiles {
     static constexpr int KEY_PIECES = HD / 64;     // 16 codes each, of every key a lane has
     static constexpr int VALUE_BYTES = HD / 8;     // of every value a lane has
     static constexpr int CODES = KEYS * HD;
-    static constexpr int STAGE = 2 * CODES + 2 * KEYS * 4;
+    static constexpr int SCALES = KEYS + 16;       // a tile's exponents, from a word's first byte on
+    static constexpr int STAGE = 2 * CODES + 2 * SCALES;
     static constexpr int BYTES = STAGES * STAGE;
 
     uint8_t* stages;
@@ -40,21 +41,30 @@ struct Fp8Tiles {
         return stages + stage * STAGE + (block * KEY_PIECES + piece) * 512 + threadIdx.x % 32 * 16;
     }
     DEVICE const uint8_t* codes_of_value(int stage, int i) const { return stages + stage * STAGE + CODES + (i * 32 + threadIdx.x % 32) * VALUE_BYTES; }
-    DEVICE const float* key_scales(int stage) const { return reinterpret_cast<const float*>(stages + stage * STAGE + 2 * CODES); }
-    DEVICE const float* value_scales(int stage) const { return key_scales(stage) + KEYS; }
+    DEVICE const uint8_t* key_scales(int stage) const { return stages + stage * STAGE + 2 * CODES; }
+    DEVICE const uint8_t* value_scales(int stage) const { return key_scales(stage) + SCALES; }
+
+    // Where the tile's first row stands among those of its source.
+    DEVICE static size_t first_of(const Fp8Sources& sources, int kv_head, const Cursor<KEYS>& at) {
+        return size_t(kv_head) * sources.rows[at.segment->source] + at.segment->first_row + at.first_key();
+    }
 
     DEVICE void load(int stage, const Fp8Sources& sources, int kv_head, const Cursor<KEYS>& at) const {
-        const int source = at.segment->source, valid = at.segment->rows - at.first_key(), lane = threadIdx.x % 32;
-        const size_t first = size_t(kv_head) * sources.rows[source] + at.segment->first_row + at.first_key();
-        const uint8_t *keys = sources.k[source] + first * HD, *values = sources.v[source] + first * HD;
-        copy(stage, keys, values, valid);
-        copy_async4(const_cast<float*>(key_scales(stage) + lane), sources.k_scales[source] + (lane < valid ? first + lane : 0), lane < valid);
-        copy_async4(const_cast<float*>(value_scales(stage) + lane), sources.v_scales[source] + (lane < valid ? first + lane : 0), lane < valid);
+        const int source = at.segment->source, valid = at.segment->rows - at.first_key(), word = threadIdx.x % 32 * 4;
+        const size_t first = first_of(sources, kv_head, at);
+        copy(stage, sources.k[source] + first * HD, sources.v[source] + first * HD, valid);
+        // Whole words, which may hold exponents of rows before and after.
+        const int before = first % 4;
+        if (word >= KEYS + 4) return;
+        const bool inside = word < before + valid;
+        const size_t from = inside ? first - before + word : 0;
+        copy_async4(const_cast<uint8_t*>(key_scales(stage) + word), sources.k_scales[source] + from, inside);
+        copy_async4(const_cast<uint8_t*>(value_scales(stage) + word), sources.v_scales[source] + from, inside);
     }
 
     DEVICE static void prefetch(const Fp8Sources& sources, int kv_head, const Cursor<KEYS>& at) {
         const int source = at.segment->source, valid = at.segment->rows - at.first_key(), lane = threadIdx.x % 32;
-        const size_t first = size_t(kv_head) * sources.rows[source] + at.segment->first_row + at.first_key();
+        const size_t first = first_of(sources, kv_head, at);
         if (lane >= valid) return;
         prefetch_line(sources.k[source] + (first + lane) * HD);
         prefetch_line(sources.v[source] + (first + lane) * HD);
@@ -130,7 +140,7 @@ template <int HD>
 struct DecodeFp8 {
     using Tiles = Fp8Tiles<HD>;
     static constexpr int RUN = HD / 8;                 // output columns of this lane's: (2 (lane % 4) + i) * RUN + t
-    static constexpr uint32_t LEAST = 27u << 23;       // 2^-100, where `reference` begins
+    static constexpr int LEAST = 27;                   // 2^-100, where `reference` begins
     using Left = Exchange<HD, 4, HD + 33>;
 
     const Shape& shape;
@@ -140,7 +150,7 @@ struct DecodeFp8 {
     const int kv_head, warp, lane;
     Tiles tiles;
     Softmax softmax;
-    uint32_t reference = LEAST;
+    int reference = LEAST;
     float out[RUN * 4] = {};
 
     DEVICE DecodeFp8(const Shape& shape, const Fp8Sources& sources, const Plan& plan)
@@ -161,7 +171,7 @@ struct DecodeFp8 {
     }
 
     // Scores of the tile's keys, scaled as the queries are.
-    DEVICE void multiply_keys(float (&scores)[KEYS / 2], const Queries<HD>& q, int stage) const {
+    DEVICE void multiply_keys(float (&scores)[KEYS / 2], const Queries<HD>& q, int stage, int before, int valid) const {
 #pragma unroll
         for (int i = 0; i < KEYS / 2; ++i) scores[i] = 0.f;
 #pragma unroll
@@ -177,27 +187,28 @@ struct DecodeFp8 {
                     multiply_add_half(&scores[4 * block], q.operand[piece * 4 + m], decode_fp8x2<0>(four), decode_fp8x2<1>(four));
                 }
         }
-        scale_columns(scores, tiles.key_scales(stage), 1.f);
+        scale_columns(scores, tiles.key_scales(stage) + before, 1.f, valid);
     }
 
-    // Multiplies column c by scales[c] * unit.
-    DEVICE void scale_columns(float (&columns)[KEYS / 2], const float* scales, float unit) const {
+    // Multiplies column c by the c-th scale and `unit`; columns from `valid` on, whose scales are anything, become 0.
+    DEVICE void scale_columns(float (&columns)[KEYS / 2], const uint8_t* scales, float unit, int valid) const {
 #pragma unroll
         for (int block = 0; block < KEYS / 8; ++block)
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const float scale = scales[8 * block + lane % 4 * 2 + i] * unit;
+                const int column = 8 * block + lane % 4 * 2 + i;
+                const float scale = column < valid ? scale_of(scales[column]) * unit : 0.f;
                 columns[4 * block + i] *= scale;
                 columns[4 * block + 2 + i] *= scale;
             }
     }
 
-    // Keeps weights times scales below 2^14: what the output is to be multiplied with if a value's scale exceeds the reference.
-    DEVICE float raise_reference(int stage) {
-        uint32_t largest = exponent_of(tiles.value_scales(stage)[lane]);
+    // Keeps weights times scales below 2^13: what the output is to be multiplied with if a value's scale exceeds the reference.
+    DEVICE float raise_reference(const uint8_t* scales, int valid) {
+        uint32_t largest = lane < valid ? scales[lane] : 0;
         for (int step = 16; step > 0; step /= 2) largest = max(largest, shuffle_xor(largest, step));
-        if (largest <= reference) return 1.f;
-        const float ratio = bits_to_float(reference) / bits_to_float(largest);
+        if (int(largest) <= reference) return 1.f;
+        const float ratio = scale_of(reference) / scale_of(largest);
         reference = largest;
         return ratio;
     }
@@ -236,18 +247,19 @@ struct DecodeFp8 {
 
     DEVICE void attend(int stage, const Queries<HD>& q, const Cursor<KEYS>& at) {
         float scores[KEYS / 2], rescale[2];
-        multiply_keys(scores, q, stage);
+        const int before = Tiles::first_of(sources, kv_head, at) % 4, valid = at.segment->rows - at.first_key();
+        multiply_keys(scores, q, stage, before, valid);
         if (at.masked()) {
             const int visible[2] = {at.visible(query_of(lane / 4)), at.visible(query_of(lane / 4 + 8))};
             mask_scores(scores, visible);
         }
         softmax.update(scores, shape.scale * LOG2_E * q.unit, rescale);
-        const float ratio = raise_reference(stage);
+        const float ratio = raise_reference(tiles.value_scales(stage) + before, valid);
         rescale[0] *= ratio;
         rescale[1] *= ratio;
         if (warp_any(rescale[0] != 1.f || rescale[1] != 1.f)) rescale_rows(out, rescale);
         // 2^12 over the reference.
-        scale_columns(scores, tiles.value_scales(stage), bits_to_float((266u << 23) - reference));
+        scale_columns(scores, tiles.value_scales(stage) + before, bits_to_float(uint32_t(266 - reference) << 23), valid);
         multiply_values(scores, stage);
     }
 
@@ -285,7 +297,7 @@ struct DecodeFp8 {
     DEVICE void write(const Output& to, float unit) {
         float normalise[2], lse[2];
         softmax.finish(shape.scale * LOG2_E * unit, normalise, lse);
-        const float values_unit = bits_to_float(reference) * 0x1p-12f;
+        const float values_unit = scale_of(reference) * 0x1p-12f;
         __syncthreads();
         float* shared = reinterpret_cast<float*>(dynamic_shared());
         const Left left = {shared, shared + WARPS * ROWS * (HD + 33)};

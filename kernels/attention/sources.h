@@ -16,7 +16,7 @@ struct Sources {
 struct Fp8Sources {
     const uint8_t* k[MAX_SOURCES];
     const uint8_t* v[MAX_SOURCES];
-    const float* k_scales[MAX_SOURCES];
-    const float* v_scales[MAX_SOURCES];
+    const uint8_t* k_scales[MAX_SOURCES];
+    const uint8_t* v_scales[MAX_SOURCES];
     int32_t rows[MAX_SOURCES];
 };

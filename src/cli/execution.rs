@@ -18,6 +18,9 @@ pub(super) struct ExecutionArgs {
     /// In which type passing blocks go from rank to rank: fp8 halves them and costs some exactness.
     #[arg(long, value_enum, default_value_t = PassingTypeName::Native)]
     pub passing_type: PassingTypeName,
+    /// Whether the query goes through the layers together with the context, which saves a pass over the weights.
+    #[arg(long, value_enum, default_value_t = Switch::On)]
+    pub query_with_context: Switch,
 }
 
 /// Placements of `--placement`.
@@ -58,6 +61,7 @@ impl ExecutionArgs {
                 PassingTypeName::Native => PassingType::Native,
                 PassingTypeName::Fp8 => PassingType::Fp8,
             },
+            query_with_context: self.query_with_context == Switch::On,
         }
     }
 }
@@ -82,8 +86,22 @@ mod tests {
     #[test]
     fn what_is_left_out_is_the_default_of_a_plan() {
         assert_eq!(parsed(&[]), Execution::default());
-        let all = parsed(&["--placement", "paired", "--overlap", "off", "--passing-type", "fp8"]);
-        let expected = Execution { placement: Placement::Paired, overlap: false, passing_type: PassingType::Fp8 };
+        let all = parsed(&[
+            "--placement",
+            "paired",
+            "--overlap",
+            "off",
+            "--passing-type",
+            "fp8",
+            "--query-with-context",
+            "off",
+        ]);
+        let expected = Execution {
+            placement: Placement::Paired,
+            overlap: false,
+            passing_type: PassingType::Fp8,
+            query_with_context: false,
+        };
         assert_eq!(all, expected);
     }
 }

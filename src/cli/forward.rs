@@ -57,6 +57,9 @@ pub struct Args {
     /// Greedy tokens to generate.
     #[arg(long, value_name = "N", default_value_t = 1)]
     steps: usize,
+    /// Tokens of the context whose keys and values are kept after the prefill, per KV head, chosen by retaining heads; by default all.
+    #[arg(long, value_name = "N")]
+    kv_budget: Option<usize>,
     #[command(flatten)]
     execution: ExecutionArgs,
     #[command(flatten)]
@@ -152,6 +155,7 @@ impl Args {
             passing: self.passing,
             selector,
             query_in_anchor: self.no_query_in_anchor.then_some(false),
+            kv_budget: self.kv_budget,
             execution: self.execution.of_plan(),
         }
     }

@@ -5,7 +5,7 @@
 
 use std::ops::Range;
 
-use crate::backend::{AttentionTask, Backend, BackendError, KvMut, Mask, Next, Segment, Wanted};
+use crate::backend::{AttentionTask, Backend, BackendError, KvMut, KvRef, Next, Wanted};
 use crate::comm::Comm;
 use crate::model::ModelSpec;
 use crate::model::weights::LayerWeights;
@@ -23,9 +23,9 @@ pub(super) struct Sequence<B: Backend> {
 }
 
 impl<B: Backend> Sequence<B> {
-    /// Takes over what prefill left.
-    pub fn new(context: usize, cache: KvCache<B>) -> Self {
-        Self { context, cache, stored: 0 }
+    /// Takes over what prefill left; `stored` tokens of the query have gone through with it.
+    pub fn new(context: usize, stored: usize, cache: KvCache<B>) -> Self {
+        Self { context, cache, stored }
     }
 
     /// Positions of the next `count` tokens.
@@ -35,13 +35,8 @@ impl<B: Backend> Sequence<B> {
         first as u32..(first + count) as u32
     }
 
-    /// New rows over the rank's local blocks, and, where they are kept, over themselves and their predecessors.
     fn task(&self, source: usize, queries: Range<usize>) -> AttentionTask {
-        let mut segments = vec![Segment { source, rows: 0..self.cache.local, mask: Mask::Full }];
-        if self.cache.tail > 0 {
-            let tail = self.cache.local..self.cache.local + self.stored + queries.len();
-            segments.push(Segment { source, rows: tail, mask: Mask::Causal });
-        }
+        let segments = self.cache.segments(source, self.stored, queries.len());
         AttentionTask { queries, segments }
     }
 }
@@ -66,6 +61,8 @@ struct Stack<B: Backend> {
     /// Partial results of all ranks; elsewhere while they are gathered.
     parts: Option<B::Matrix>,
     lse: B::Scores,
+    /// All of them together.
+    merged: B::Matrix,
 }
 
 impl<B: Backend> Decoder<B> {
@@ -77,6 +74,7 @@ impl<B: Backend> Decoder<B> {
                 queries: backend.matrix(rows * ranks, shape.qkv_width())?,
                 parts: Some(backend.matrix(rows * ranks, shape.q_width())?),
                 lse: backend.scores(rows * ranks, shape.heads)?,
+                merged: backend.matrix(rows, shape.q_width())?,
             })
         };
         Ok(Self {
@@ -126,7 +124,9 @@ impl<B: Backend> Decoder<B> {
         let (backend, rows) = (rank.backend, pass.positions.len());
         self.activations.project(backend, rank.spec, weights, rows)?;
         self.rope(rank, layer, pass, fed)?;
-        self.attend(rank, layer, pass, fed)?;
+        let sources: Vec<_> = fed.iter().map(|(sequence, _)| sequence.cache.layers[layer].view()).collect();
+        let Activations { qkv, attended, .. } = &mut self.activations;
+        attend(&mut self.stack, rank, (qkv, attended, 0..rows), &sources, &pass.tasks)?;
         Ok(self.activations.close(backend, rank.spec, weights, rows)?)
     }
 
@@ -158,30 +158,31 @@ impl<B: Backend> Decoder<B> {
         Ok(())
     }
 
-    fn attend<C: Comm<B::Matrix, B::Scores>>(
+    /// Attention of rows of somebody else's activations over what all ranks keep; tasks count their queries from the first of the rows.
+    pub fn attend<C: Comm<B::Matrix, B::Scores>>(
+        &mut self,
+        rank: &Rank<'_, B, C>,
+        rows: Rows<'_, B::Matrix>,
+        sources: &[KvRef<'_, B::Matrix>],
+        tasks: &[AttentionTask],
+    ) -> Result<(), RankError> {
+        attend(&mut self.stack, rank, rows, sources, tasks)
+    }
+
+    /// The second half of the last layer for some rows of somebody else's activations, all of one sequence; what is left of the last of them is kept for
+    /// [`Decoder::next`].
+    pub fn close_rows<C: Comm<B::Matrix, B::Scores>>(
         &mut self,
         rank: &Rank<'_, B, C>,
         layer: usize,
-        pass: &Pass,
-        fed: &[Fed<'_, B>],
+        from: &Activations<B>,
+        rows: Range<usize>,
     ) -> Result<(), RankError> {
-        let (backend, shape, rows) = (rank.backend, rank.shape(), pass.positions.len());
-        let sources: Vec<_> = fed.iter().map(|(sequence, _)| sequence.cache.layers[layer].view()).collect();
-        let Activations { qkv, attended, .. } = &mut self.activations;
-        let Some(Stack { queries, parts, lse }) = &mut self.stack else {
-            backend.attention(shape, qkv, &sources, &pass.tasks, attended, None)?;
-            return Ok(());
-        };
-        let (me, ranks) = (rank.comm.rank(), rank.comm.size());
-        let mut gathered = parts.take().expect("in place between collectives");
-        let tasks: Vec<_> = pass.tasks.iter().map(|task| shifted(task, me * rows)).collect();
-        backend.copy_rows(qkv, 0, rows, queries, me * rows)?;
-        backend.attention(shape, queries, &sources, &tasks, &mut gathered, Some(lse))?;
-        let counts = vec![rows; ranks];
-        let gathering = rank.comm.all_gather(gathered, &counts)?;
-        rank.comm.all_gather_scores(lse, &counts)?;
-        let parts = parts.insert(rank.comm.finish(gathering)?);
-        Ok(backend.merge_stacked(shape, rows, ranks, parts, lse, attended)?)
+        let (backend, own) = (rank.backend, &mut self.activations);
+        backend.copy_rows(&from.x, rows.start, rows.len(), &mut own.x, 0)?;
+        backend.copy_rows(&from.attended, rows.start, rows.len(), &mut own.attended, 0)?;
+        own.close(backend, rank.spec, &rank.weights.layers[layer], rows.len())?;
+        Ok(backend.copy_rows(&own.x, rows.len() - 1, 1, &mut self.last, 0)?)
     }
 
     fn keep_last_rows(&mut self, backend: &B, pass: &Pass) -> Result<(), RankError> {
@@ -193,6 +194,33 @@ impl<B: Backend> Decoder<B> {
         }
         Ok(())
     }
+}
+
+/// Packed queries, where the result goes, and which rows of both.
+pub(super) type Rows<'a, M> = (&'a M, &'a mut M, Range<usize>);
+
+fn attend<B: Backend, C: Comm<B::Matrix, B::Scores>>(
+    stack: &mut Option<Stack<B>>,
+    rank: &Rank<'_, B, C>,
+    (qkv, attended, rows): Rows<'_, B::Matrix>,
+    sources: &[KvRef<'_, B::Matrix>],
+    tasks: &[AttentionTask],
+) -> Result<(), RankError> {
+    let (backend, shape, count) = (rank.backend, rank.shape(), rows.len());
+    let shifted_by = |by| tasks.iter().map(|task| shifted(task, by)).collect::<Vec<_>>();
+    let Some(Stack { queries, parts, lse, merged }) = stack else {
+        return Ok(backend.attention(shape, qkv, sources, &shifted_by(rows.start), attended, None)?);
+    };
+    let (first, ranks) = (rank.comm.rank() * count, rank.comm.size());
+    let mut gathered = parts.take().expect("in place between collectives");
+    backend.copy_rows(qkv, rows.start, count, queries, first)?;
+    backend.attention(shape, queries, sources, &shifted_by(first), &mut gathered, Some(lse))?;
+    let counts = vec![count; ranks];
+    let gathering = rank.comm.all_gather(gathered, &counts)?;
+    rank.comm.all_gather_scores(lse, &counts)?;
+    let parts = parts.insert(rank.comm.finish(gathering)?);
+    backend.merge_stacked(shape, count, ranks, parts, lse, merged)?;
+    Ok(backend.copy_rows(merged, 0, count, attended, rows.start)?)
 }
 
 /// Which row of a pass is what; the same in every layer.

@@ -3,7 +3,7 @@
 //! Invariant: the rows a rank keeps are in the order of the document, though perhaps not all of a stretch of it; neither anchor nor passing block is ever among them. The
 //! rank of the last host, and it alone, has room for the query and for what is generated.
 
-use crate::backend::{Backend, BackendError, HeadShape, KvMut, KvRef};
+use crate::backend::{Backend, BackendError, HeadShape, KvMut, KvRef, Mask, Segment};
 use crate::comm::{Comm, CommError};
 use crate::model::ModelSpec;
 use crate::plan::{PrefillPlan, RankLayout};
@@ -87,7 +87,7 @@ impl<M> KeyValues<M> {
 pub(super) struct KvCache<B: Backend> {
     /// One a layer.
     pub layers: Vec<KeyValues<B::Matrix>>,
-    /// Rows of the local blocks; the tail follows them.
+    /// Rows of the local blocks, or of what is kept of them; the tail follows them.
     pub local: usize,
     /// Rows for query and generated tokens: 0 but on the rank of the last host.
     pub tail: usize,
@@ -103,9 +103,20 @@ impl<B: Backend> KvCache<B> {
         new_tokens: usize,
     ) -> Result<Self, BackendError> {
         let has_last = layout.hosts.contains(&(plan.hosts.len() - 1));
-        let (local, tail) = (layout.local_rows().len(), if has_last { plan.cache_tail(new_tokens) } else { 0 });
+        let local = layout.hosts.iter().map(|host| plan.hosts[*host].kept_rows()).sum();
+        let (local, tail) = (local, if has_last { plan.cache_tail(new_tokens) } else { 0 });
         let layer = |_| KeyValues::kept(backend, spec.shape, local + tail);
         Ok(Self { layers: (0..spec.layers).map(layer).collect::<Result<_, _>>()?, local, tail })
+    }
+
+    /// What `rows` new rows see, in source `source`, that come after `stored` others since the prefill: the local blocks, and, where they are kept,
+    /// themselves and those.
+    pub fn segments(&self, source: usize, stored: usize, rows: usize) -> Vec<Segment> {
+        let mut segments = vec![Segment { source, rows: 0..self.local, mask: Mask::Full }];
+        if self.tail > 0 {
+            segments.push(Segment { source, rows: self.local..self.local + stored + rows, mask: Mask::Causal });
+        }
+        segments
     }
 
     /// Where a layer's keys and values of the token go that comes after `stored` others since the prefill.

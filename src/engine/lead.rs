@@ -204,7 +204,8 @@ impl<'r, 'a, B: Backend, C: Comm<B::Matrix, B::Scores>> Leader<'r, 'a, B, C> {
             self.schedule.learn(flops / active.in_layers.as_secs_f64());
         }
         active.caller.progress(Progress::Prefill { layers_done: active.layers_done, layers });
-        Ok(())
+        let has_query = active.needs.query_passes == 0;
+        if active.layers_done == layers && has_query { self.choose(&[id]) } else { Ok(()) }
     }
 
     /// The next tokens of the query; after the last of them the first token is chosen.

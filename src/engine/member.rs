@@ -41,7 +41,7 @@ impl<'r, 'a, B: Backend, C: Comm<B::Matrix, B::Scores>> Member<'r, 'a, B, C> {
         }
     }
 
-    /// For each sequence of the last [`Command::Append`] what is wanted of its last token's logits.
+    /// For each sequence of the last [`Command::Append`], or for the one whose query has gone through its last [`Command::Layer`], what is wanted of its last token's logits.
     pub fn next(&self, wanted: &[Wanted]) -> Result<Vec<Next>, RankError> {
         self.decoder.next(self.rank, wanted)
     }
@@ -53,7 +53,7 @@ impl<'r, 'a, B: Backend, C: Comm<B::Matrix, B::Scores>> Member<'r, 'a, B, C> {
 
     fn layer(&mut self, sequence: SequenceId) -> Result<(), RankError> {
         let prefill = self.prefilling.get_mut(&sequence).ok_or_else(|| unknown(sequence))?;
-        let is_done = prefill.layer(self.rank)?;
+        let is_done = prefill.layer(self.rank, &mut self.decoder)?;
         if !is_done {
             return Ok(self.rank.backend.pace()?);
         }

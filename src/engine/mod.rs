@@ -12,6 +12,7 @@ mod cuda_comm;
 mod decode;
 pub mod devices;
 mod digest;
+mod eviction;
 mod group;
 mod host_memory;
 mod kv;

@@ -2,13 +2,16 @@
 //!
 //! Invariant: a rank without rows takes part in every collective and in nothing else.
 
-use crate::backend::Backend;
+use std::ops::Range;
+
+use crate::backend::{AttentionTask, Backend};
 use crate::comm::Comm;
 use crate::plan::{PrefillPlan, RankLayout};
 
 use super::attention::Attention;
 use super::command::OwnedJob;
-use super::decode::Sequence;
+use super::decode::{Decoder, Sequence};
+use super::eviction::Eviction;
 use super::kv::{KeyValues, KvCache};
 use super::rank::{Activations, Rank, RankError};
 
@@ -17,6 +20,7 @@ pub(super) struct Prefill<B: Backend> {
     plan: PrefillPlan,
     state: PrefillState<B>,
     attention: Attention<B>,
+    eviction: Option<Eviction<B>>,
     cache: KvCache<B>,
     layers_done: usize,
 }
@@ -27,6 +31,8 @@ pub(super) struct PrefillState<B: Backend> {
     pub layout: RankLayout,
     /// Position of each row.
     pub positions: Vec<u32>,
+    /// Rows of the query, after all others; empty where it goes after the context.
+    query: Range<usize>,
     /// Activations of the rows.
     pub activations: Activations<B>,
     /// Keys (after RoPE) and values of the rows in the current layer.
@@ -40,21 +46,48 @@ impl<B: Backend> Prefill<B> {
         let layout = plan.layout(rank.comm.rank(), rank.comm.size());
         let cache = KvCache::new(rank.backend, rank.spec, &plan, &layout, job.new_tokens)?;
         let attention = Attention::new(rank, &plan, &layout)?;
+        let eviction = Eviction::new(rank, &plan, &layout)?;
         let state = PrefillState::new(rank, job, layout)?;
-        Ok(Self { plan, state, attention, cache, layers_done: 0 })
+        Ok(Self { plan, state, attention, eviction, cache, layers_done: 0 })
     }
 
-    /// Takes the next layer; `true` if it was the last.
-    pub fn layer<C: Comm<B::Matrix, B::Scores>>(&mut self, rank: &Rank<'_, B, C>) -> Result<bool, RankError> {
-        let Self { plan, state, attention, cache, layers_done } = self;
-        state.layer(rank, plan, *layers_done, attention, cache)?;
-        *layers_done += 1;
-        Ok(*layers_done == rank.spec.layers)
+    /// Takes the next layer; `true` if it was the last. What is left of a query after that is in the decoder.
+    pub fn layer<C: Comm<B::Matrix, B::Scores>>(
+        &mut self,
+        rank: &Rank<'_, B, C>,
+        decoder: &mut Decoder<B>,
+    ) -> Result<bool, RankError> {
+        let layer = self.layers_done;
+        self.layers_done += 1;
+        let is_last = self.layers_done == rank.spec.layers;
+        let Self { plan, state, attention, eviction, cache, .. } = self;
+        if state.query.end > 0 {
+            let (activations, weights) = (&mut state.activations, &rank.weights.layers[layer]);
+            activations.project(rank.backend, rank.spec, weights, state.query.end)?;
+        }
+        if !is_last {
+            attention.score_before_rope(rank, layer, state)?;
+        }
+        if let Some(eviction) = eviction {
+            eviction.score(rank, layer, &state.activations.qkv)?;
+        }
+        state.rope(rank)?;
+        state.keep(rank, eviction.as_mut(), layer, cache)?;
+        if !is_last {
+            attention.attend(rank, plan, state)?;
+        }
+        state.attend_query(rank, layer, decoder, cache)?;
+        // Of the last layer only the context's keys and values are used: nothing reads its hidden state after it.
+        match is_last {
+            true => state.close_query(rank, layer, decoder)?,
+            false => state.close(rank, layer)?,
+        }
+        Ok(is_last)
     }
 
     /// What is left of a prefill whose last layer has been taken.
     pub fn finish(self) -> Sequence<B> {
-        Sequence::new(self.plan.context, self.cache)
+        Sequence::new(self.plan.context, self.state.query.len(), self.cache)
     }
 }
 
@@ -64,53 +97,82 @@ impl<B: Backend> PrefillState<B> {
         job: &OwnedJob,
         layout: RankLayout,
     ) -> Result<Self, RankError> {
-        let mut activations = Activations::new(rank.backend, rank.spec, layout.rows)?;
-        if layout.rows > 0 {
-            let tokens = layout.tokens(&job.plan, &job.context, &job.query);
+        let query = layout.rows..layout.rows + job.plan.query_rows();
+        let mut activations = Activations::new(rank.backend, rank.spec, query.end)?;
+        let mut tokens = layout.tokens(&job.plan, &job.context, &job.query);
+        tokens.extend_from_slice(&job.query[..query.len()]);
+        if !tokens.is_empty() {
             rank.backend.embed(&rank.weights.embedding, &tokens, &mut activations.x)?;
         }
-        let working = KeyValues::new(rank.backend, rank.shape(), layout.rows)?;
-        Ok(Self { positions: layout.positions(&job.plan), layout, activations, working })
-    }
-
-    fn layer<C: Comm<B::Matrix, B::Scores>>(
-        &mut self,
-        rank: &Rank<'_, B, C>,
-        plan: &PrefillPlan,
-        layer: usize,
-        attention: &mut Attention<B>,
-        cache: &mut KvCache<B>,
-    ) -> Result<(), RankError> {
-        let weights = &rank.weights.layers[layer];
-        let rows = self.layout.rows;
-        if rows > 0 {
-            self.activations.project(rank.backend, rank.spec, weights, rows)?;
-        }
-        // Of the last layer only keys and values are used: nothing reads the context's hidden state after it.
-        let is_last = layer + 1 == rank.spec.layers;
-        if !is_last {
-            attention.score_before_rope(rank, layer, self)?;
-        }
-        if rows > 0 {
-            self.rope(rank)?;
-            let local = self.layout.local_rows();
-            cache.layers[layer].copy_from(rank.backend, 0, &self.working, local.start, local.len())?;
-        }
-        if is_last {
-            return Ok(());
-        }
-        attention.attend(rank, plan, self)?;
-        if rows > 0 {
-            self.activations.close(rank.backend, rank.spec, weights, rows)?;
-        }
-        Ok(())
+        let mut positions = layout.positions(&job.plan);
+        // A plan holds no more tokens than fit into 32 bits.
+        positions.extend((job.plan.context..job.plan.context + query.len()).map(|position| position as u32));
+        let working = KeyValues::new(rank.backend, rank.shape(), query.end)?;
+        Ok(Self { positions, query, layout, activations, working })
     }
 
     fn rope<C: Comm<B::Matrix, B::Scores>>(&mut self, rank: &Rank<'_, B, C>) -> Result<(), RankError> {
-        let rope = &rank.spec.rope;
-        let (rows, qkv) = (0..self.layout.rows, &mut self.activations.qkv);
-        let destination = self.working.at(0);
-        rank.backend.rope_store(rank.shape(), rows, &self.positions, &rope.inv_freq, rope.scale, qkv, destination)?;
+        let (rope, rows, place) = (&rank.spec.rope, self.query.end, self.working.at(0));
+        if rows > 0 {
+            let (inv_freq, qkv) = (&rope.inv_freq, &mut self.activations.qkv);
+            rank.backend.rope_store(rank.shape(), 0..rows, &self.positions, inv_freq, rope.scale, qkv, place)?;
+        }
         Ok(())
+    }
+
+    /// Keeps the keys and values of the local blocks and of the query.
+    fn keep<C: Comm<B::Matrix, B::Scores>>(
+        &self,
+        rank: &Rank<'_, B, C>,
+        eviction: Option<&mut Eviction<B>>,
+        layer: usize,
+        cache: &mut KvCache<B>,
+    ) -> Result<(), RankError> {
+        let (local, query) = (self.layout.local_rows(), self.query.clone());
+        let (kept, tail) = (&mut cache.layers[layer], cache.local);
+        match eviction {
+            Some(eviction) => eviction.keep(rank, &self.working, kept)?,
+            None => kept.copy_from(rank.backend, 0, &self.working, local.start, local.len())?,
+        }
+        if cache.tail > 0 {
+            kept.copy_from(rank.backend, tail, &self.working, query.start, query.len())?;
+        }
+        Ok(())
+    }
+
+    /// The query sees what every rank keeps.
+    fn attend_query<C: Comm<B::Matrix, B::Scores>>(
+        &mut self,
+        rank: &Rank<'_, B, C>,
+        layer: usize,
+        decoder: &mut Decoder<B>,
+        cache: &KvCache<B>,
+    ) -> Result<(), RankError> {
+        if self.query.is_empty() {
+            return Ok(());
+        }
+        let task = AttentionTask { queries: 0..self.query.len(), segments: cache.segments(0, 0, self.query.len()) };
+        let Activations { qkv, attended, .. } = &mut self.activations;
+        decoder.attend(rank, (qkv, attended, self.query.clone()), &[cache.layers[layer].view()], &[task])
+    }
+
+    fn close<C: Comm<B::Matrix, B::Scores>>(&mut self, rank: &Rank<'_, B, C>, layer: usize) -> Result<(), RankError> {
+        if self.query.end > 0 {
+            self.activations.close(rank.backend, rank.spec, &rank.weights.layers[layer], self.query.end)?;
+        }
+        Ok(())
+    }
+
+    /// The query alone goes on, in the decoder's buffers.
+    fn close_query<C: Comm<B::Matrix, B::Scores>>(
+        &self,
+        rank: &Rank<'_, B, C>,
+        layer: usize,
+        decoder: &mut Decoder<B>,
+    ) -> Result<(), RankError> {
+        match self.query.is_empty() {
+            true => Ok(()),
+            false => decoder.close_rows(rank, layer, &self.activations, self.query.clone()),
+        }
     }
 }

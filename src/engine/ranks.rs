@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use crate::backend::{Backend, BackendError};
 use crate::comm::{Comm, CommError};
-use crate::plan::QUERY_CHUNK;
+use crate::plan::{PrefillPlan, QUERY_CHUNK};
 
 use super::EngineError;
 use super::command::{Command, Job};
@@ -41,6 +41,7 @@ where
         followers.push(sender);
         orders.push(Some(receiver));
     }
+    let rows = pass_rows(&work.limits);
     let mut work = Some((work, followers));
     let outcomes = scope(|scope| {
         let mut threads = Vec::with_capacity(ranks.len());
@@ -52,7 +53,7 @@ where
                 Some((work, followers)) => builder.spawn_scoped(scope, move || lead(&rank, work, followers)),
                 None => {
                     let orders = orders.get_mut(index.wrapping_sub(1)).and_then(Option::take);
-                    builder.spawn_scoped(scope, move || follow(&rank, orders))
+                    builder.spawn_scoped(scope, move || follow(&rank, orders, rows))
                 }
             });
         }
@@ -73,7 +74,7 @@ where
     let (sender, inbox) = channel();
     let (caller, to_root) = conversation::open(driver, job.new_tokens);
     let layers = ranks.first().map_or(1, |rank| rank.spec.layers);
-    let query_passes = job.query.len().div_ceil(QUERY_CHUNK);
+    let query_passes = query_passes(job.plan);
     let needs = Needs { layers, layer_flops: 0.0, query_passes, kept_bytes: 0, transient_bytes: 0 };
     let _ = sender.send(Submission { job: job.into(), needs, caller });
     drop(sender);
@@ -102,6 +103,11 @@ pub(super) fn check(job: &Job<'_>) -> Result<(), EngineError> {
     Err(EngineError::Input { reason })
 }
 
+/// Passes of a query after its context.
+pub(super) fn query_passes(plan: &PrefillPlan) -> usize {
+    (plan.query - plan.query_rows()).div_ceil(QUERY_CHUNK)
+}
+
 /// Rows of a pass at most: a chunk of a query, or a token of each sequence.
 pub(super) fn pass_rows(limits: &Limits) -> usize {
     QUERY_CHUNK.max(limits.at_once)
@@ -115,19 +121,25 @@ where
     let Work { inbox, limits, budget } = work;
     guarded(rank, || {
         let member = Member::new(rank, pass_rows(&limits))?;
-        Leader::new(rank, member, followers, Schedule::new(limits), budget).lead(&inbox)
+        // Nobody begins before every rank has its buffers.
+        rank.comm.barrier()?;
+        Leader::new(rank, member, followers, Schedule::new(limits), budget).lead(&inbox)?;
+        Ok(rank.comm.barrier()?)
     })
 }
 
-fn follow<B, C>(rank: &Rank<'_, B, C>, orders: Option<Receiver<Arc<Command>>>) -> Result<(), RankError>
+fn follow<B, C>(rank: &Rank<'_, B, C>, orders: Option<Receiver<Arc<Command>>>, rows: usize) -> Result<(), RankError>
 where
     B: Backend,
     C: Comm<B::Matrix, B::Scores>,
 {
     guarded(rank, || {
         let Some(orders) = orders else { return Ok(()) };
-        let mut member = Member::new(rank, QUERY_CHUNK)?;
-        orders.iter().try_for_each(|command| member.obey(&command))
+        let mut member = Member::new(rank, rows)?;
+        rank.comm.barrier()?;
+        orders.iter().try_for_each(|command| member.obey(&command))?;
+        // Nobody leaves before every rank has obeyed the last command; and whoever only waited for the next one hears of a failure.
+        Ok(rank.comm.barrier()?)
     })
 }
 

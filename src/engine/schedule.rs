@@ -29,7 +29,7 @@ pub struct Needs {
     pub layers: usize,
     /// Operations of a layer of it, on the rank that has most.
     pub layer_flops: f64,
-    /// Passes that its query takes after the last layer.
+    /// Passes that its query takes after the last layer; 0 if it goes through the layers with the context.
     pub query_passes: usize,
     /// Bytes until it ends.
     pub kept_bytes: u64,
@@ -249,14 +249,22 @@ impl Schedule {
             self.flops_since_step += entry.needs.layer_flops;
             let sign = if is_overtaker { 1.0 } else { -1.0 };
             self.overtaken_flops = (self.overtaken_flops + sign * entry.needs.layer_flops).max(0.0);
+            let is_last = worked_on.layers_done == entry.needs.layers;
+            if is_last && entry.needs.query_passes == 0 {
+                self.is_prefilled(entry);
+            }
             return Step::Layer(entry.id);
         }
         worked_on.query_passes_done += 1;
         if worked_on.query_passes_done >= entry.needs.query_passes {
-            self.prefilling.pop();
-            self.generating.push((entry.id, entry.needs.kept_bytes));
+            self.is_prefilled(entry);
         }
         Step::Query(entry.id)
+    }
+
+    fn is_prefilled(&mut self, entry: &Entry) {
+        self.prefilling.pop();
+        self.generating.push((entry.id, entry.needs.kept_bytes));
     }
 }
 

@@ -10,7 +10,7 @@ use crate::generate::generator::{GenerateError, Generator, Step};
 use crate::generate::sampler::Choice;
 use crate::generate::vocabulary::Vocabulary;
 use crate::model::ModelSpec;
-use crate::plan::{AttentionRequest, Capabilities, PrefillPlan, QUERY_CHUNK};
+use crate::plan::{AttentionRequest, Capabilities, PrefillPlan};
 
 use super::command::Job;
 use super::conversation::{Driver, Timing};
@@ -131,7 +131,7 @@ impl<D: Devices> ModelEngine<D> {
         Needs {
             layers: self.spec().layers,
             layer_flops: plan.layer_flops(ranks, &footprint),
-            query_passes: plan.query.div_ceil(QUERY_CHUNK),
+            query_passes: ranks::query_passes(plan),
             kept_bytes,
             transient_bytes,
         }

@@ -38,11 +38,15 @@ pub struct Execution {
     pub overlap: bool,
     /// In which type compressed blocks travel.
     pub passing_type: PassingType,
+    /// Whether the query goes through the layers together with the context, which saves a pass over the weights. A query of more tokens than one
+    /// pass takes goes after it in any case.
+    pub query_with_context: bool,
 }
 
 impl Default for Execution {
     fn default() -> Self {
-        Self { placement: Placement::default(), overlap: true, passing_type: PassingType::default() }
+        let (placement, passing_type) = (Placement::default(), PassingType::default());
+        Self { placement, overlap: true, passing_type, query_with_context: true }
     }
 }
 

@@ -46,9 +46,9 @@ impl Footprint {
     }
     /// Bytes that a rank holds whatever it works on: buffers of passes of `rows` query or generated tokens, and what its backend uses for itself.
     pub fn fixed_memory(&self, ranks: usize, rows: usize) -> u64 {
-        let stacked = if ranks > 1 { rows * ranks } else { 0 };
+        let (stacked, merged) = if ranks > 1 { (rows * ranks, rows) } else { (0, 0) };
         let working = rows * (self.row_elements() + 2 * self.kv_width() + self.hidden);
-        self.activations(working + stacked * (self.qkv_width() + self.q_width()))
+        self.activations(working + stacked * (self.qkv_width() + self.q_width()) + merged * self.q_width())
             + scores(stacked * self.heads)
             + self.scratch_bytes
     }
@@ -87,17 +87,21 @@ impl PrefillPlan {
     /// Bytes of keys and values that a rank keeps until the sequence ends.
     pub fn cache_memory(&self, rank: usize, ranks: usize, new_tokens: usize, model: &Footprint) -> u64 {
         let tail = if rank == self.last_rank(ranks) { self.cache_tail(new_tokens) } else { 0 };
-        (model.layers * model.kept_row_bytes * (self.local_tokens(rank, ranks) + tail).max(1)) as u64
+        (model.layers * model.kept_row_bytes * (self.kept_tokens(rank, ranks) + tail).max(1)) as u64
     }
 
     /// Bytes that a rank needs until the context is through all layers, and no longer.
     pub fn prefill_memory(&self, rank: usize, ranks: usize, model: &Footprint) -> u64 {
         let rows = self.layout(rank, ranks).rows.max(1);
+        let all_rows = (self.layout(rank, ranks).rows + self.query_rows()).max(1);
         let kv = 2 * model.kv_width();
-        let working = rows * (model.row_elements() + kv);
+        let working = all_rows * (model.row_elements() + kv);
         let passing = kv * self.compressed();
         let quantized = if self.passes_in_fp8() { self.compressed() * model.quantized_row_bytes() } else { 0 };
         let selection = if self.compressed() > 0 { scores(rows * model.kv_heads) } else { 0 };
+        let most_kept = self.hosts_of(rank, ranks).iter().map(|host| self.hosts[*host].kept_rows()).max().unwrap_or(0);
+        let (evicted, scored) =
+            if self.evicts() { (kv * most_kept.max(1), scores(rows * model.kv_heads)) } else { (0, 0) };
         // What comes from other ranks is attended to apart, and merged by its log-sum-exps.
         let is_alone = self.active_ranks(ranks) == 1;
         let is_ring = self.mode == AttentionMode::Ring && !is_alone;
@@ -109,7 +113,11 @@ impl PrefillPlan {
         let is_apart = is_ring || (ranks > 1 && self.compressed() > 0 && self.execution.overlap);
         let partial = if is_apart { rows * model.q_width() } else { 0 };
         let log_sums = if is_apart { 2 * scores(rows * model.heads) } else { 0 };
-        model.activations(working + passing + rotating + exchanged + partial) + log_sums + selection + quantized as u64
+        model.activations(working + passing + rotating + exchanged + partial + evicted)
+            + log_sums
+            + selection
+            + scored
+            + quantized as u64
     }
 
     /// Queries, keys and values by head: of the rank's tokens as they leave, of all tokens as they come, and what attention gives for those.
@@ -123,6 +131,10 @@ impl PrefillPlan {
     /// Context tokens of the rank that has most.
     fn longest_rank(&self, ranks: usize) -> usize {
         (0..self.active_ranks(ranks)).map(|rank| self.local_tokens(rank, ranks)).max().unwrap_or(0)
+    }
+
+    fn kept_tokens(&self, rank: usize, ranks: usize) -> usize {
+        self.hosts_of(rank, ranks).iter().map(|host| self.hosts[*host].kept_rows()).sum()
     }
 
     fn local_tokens(&self, rank: usize, ranks: usize) -> usize {

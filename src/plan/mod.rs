@@ -81,6 +81,10 @@ pub struct AttentionRequest {
     /// Whether the anchor holds the query (APB); absent: yes. An ablation.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub query_in_anchor: Option<bool>,
+    /// Tokens of the context whose keys and values are kept for the query and what is generated, per KV head, chosen by retaining heads;
+    /// absent: all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_budget: Option<usize>,
     /// How the plan is carried out.
     #[serde(default, skip_serializing_if = "Execution::is_default")]
     pub execution: Execution,
@@ -108,6 +112,16 @@ pub struct Host {
     pub excluded: usize,
     /// Rows of this host's compressed block: `min(passing, local.len() - excluded)`; 0 for the last host.
     pub compressed: usize,
+    /// Rows of its local block, per KV head, that are kept for the query and what is generated; absent: all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kept: Option<usize>,
+}
+
+impl Host {
+    /// Rows that are kept.
+    pub fn kept_rows(&self) -> usize {
+        self.kept.unwrap_or(self.local.len())
+    }
 }
 
 /// What a model and an engine can do, as far as a plan depends on it.
@@ -137,6 +151,9 @@ pub enum PlanError {
     /// Trained heads were asked for and are not there.
     #[error("the model has no retaining heads; give it a file of them, or choose the query-aware selector")]
     NoRetainingHeads,
+    /// Nothing would be kept.
+    #[error("a budget of 0 keys and values leaves nothing to read from")]
+    NoBudget,
     /// Positions are 32 bits wide.
     #[error("{tokens} tokens are more than any plan can hold")]
     TooLong { tokens: usize },
@@ -167,6 +184,16 @@ pub struct PrefillPlan {
 }
 
 impl PrefillPlan {
+    /// Query tokens that go through the layers together with the context: all or none.
+    pub fn query_rows(&self) -> usize {
+        if self.execution.query_with_context && self.query <= QUERY_CHUNK { self.query } else { 0 }
+    }
+
+    /// Whether keys and values are dropped after the prefill of a layer.
+    pub fn evicts(&self) -> bool {
+        self.hosts.iter().any(|host| host.kept.is_some())
+    }
+
     /// Compressed rows of the hosts before `host`, in their order: its passing block. With `hosts.len()`, those of all.
     pub fn compressed_before(&self, host: usize) -> usize {
         self.hosts[..host].iter().map(|host| host.compressed).sum()

@@ -37,7 +37,8 @@ impl PrefillPlan {
         };
         let hosts = hosts(blocks, anchor.as_ref().map_or(0, |anchor| anchor.len), passing);
         let selector = if hosts.iter().any(|host| host.compressed > 0) { selector } else { Selector::None };
-        let exact = mode.is_exact() || hosts.len() == 1;
+        let hosts = with_budget(hosts, context, request, capabilities, &mut notes)?;
+        let exact = (mode.is_exact() || hosts.len() == 1) && hosts.iter().all(|host| host.kept.is_none());
         let execution = request.execution;
         let plan = Self { mode, context, query, hosts, anchor, selector, exact, execution, notes };
         Ok(plan.with_passing_type_noted())
@@ -189,7 +190,32 @@ fn hosts(blocks: Vec<Range<usize>>, anchor: usize, passing: usize) -> Vec<Host> 
     let host = |(index, local): (usize, Range<usize>)| {
         let excluded = if index == 0 { anchor.min(local.len()) } else { 0 };
         let compressed = if index == last { 0 } else { passing.min(local.len() - excluded) };
-        Host { local, excluded, compressed }
+        Host { local, excluded, compressed, kept: None }
     };
     blocks.into_iter().enumerate().map(host).collect()
+}
+
+/// Each host keeps its part of the budget, in proportion to its tokens.
+fn with_budget(
+    mut hosts: Vec<Host>,
+    context: usize,
+    request: &AttentionRequest,
+    capabilities: Capabilities,
+    notes: &mut Vec<String>,
+) -> Result<Vec<Host>, PlanError> {
+    let Some(budget) = request.kv_budget.filter(|budget| *budget < context) else { return Ok(hosts) };
+    if budget == 0 {
+        return Err(PlanError::NoBudget);
+    }
+    if !capabilities.has_retaining_heads {
+        return Err(PlanError::NoRetainingHeads);
+    }
+    for host in &mut hosts {
+        host.kept = Some((budget * host.local.len()).div_ceil(context));
+    }
+    let kept: usize = hosts.iter().map(Host::kept_rows).sum();
+    notes.push(format!(
+        "keys and values of {kept} tokens of {context} are kept, per head, for the query and the output"
+    ));
+    Ok(hosts)
 }

@@ -20,8 +20,8 @@ fn a_plan_of_the_paper() {
     let plan = PrefillPlan::new(32 * 1024, 40, 16, &AttentionRequest::default(), CAPABILITIES).unwrap();
     assert_eq!((plan.mode, plan.hosts.len(), plan.selector), (AttentionMode::Apb, 8, Selector::RetainingHead));
     assert_eq!(plan.anchor, Some(Anchor { head: 16, has_query: true, tail: 1024 - 56, len: 1024 }));
-    assert_eq!(plan.hosts[0], Host { local: 0..4096, excluded: 1024, compressed: 512 });
-    assert_eq!(plan.hosts[7], Host { local: 7 * 4096..8 * 4096, excluded: 0, compressed: 0 });
+    assert_eq!(plan.hosts[0], Host { local: 0..4096, excluded: 1024, compressed: 512, kept: None });
+    assert_eq!(plan.hosts[7], Host { local: 7 * 4096..8 * 4096, excluded: 0, compressed: 0, kept: None });
     assert!(!plan.exact && plan.notes.is_empty());
 }
 
@@ -102,11 +102,14 @@ fn any_selector() -> impl Strategy<Value = Option<Selector>> {
 fn any_execution() -> impl Strategy<Value = Execution> {
     let placement = prop_oneof![Just(Placement::Contiguous), Just(Placement::Paired)];
     let passing_type = prop_oneof![Just(PassingType::Native), Just(PassingType::Fp8)];
-    (placement, any::<bool>(), passing_type).prop_map(|(placement, overlap, passing_type)| Execution {
-        placement,
-        overlap,
-        passing_type,
-    })
+    (placement, any::<[bool; 2]>(), passing_type).prop_map(
+        |(placement, [overlap, query_with_context], passing_type)| Execution {
+            query_with_context,
+            placement,
+            overlap,
+            passing_type,
+        },
+    )
 }
 
 prop_compose! {

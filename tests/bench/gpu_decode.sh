@@ -3,7 +3,7 @@
 #
 #   APBD=target/release/apbd TESTS=target/debug/deps/cuda-0123456789abcdef tests/bench/gpu_decode.sh [folder for the full figures]
 #
-# TESTS may be left out: then nothing is checked. Prints a table last; a part that fails or takes too long is named in it.
+# TESTS may be left out: then nothing is checked. With HOPPER=hopper.cubin (built as attention_gpu.py says) variants of the prefill kernel are timed too. Prints a table last; a part that fails or takes too long is named in it.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 apbd=${APBD:-target/release/apbd}
@@ -39,6 +39,10 @@ bench library-native --batch 1,2,8 --tokens 32k --products library
 bench skinny-4k --batch 16,32,64 --tokens 4k
 bench library-4k --batch 16,32,64 --tokens 4k --products library
 bench engine --attention full --tokens 32k,128k
+if [ -n "${HOPPER:-}" ]; then
+  timeout 120 python3 tests/bench/attention_gpu.py "$HOPPER" attention_hopper_128 hopper_128_3x80_next_q hopper_128_3x80_3_stages | tee "$out/hopper.log" ||
+    echo "hopper: exit $?" >>"$out/failed"
+fi
 
 python3 - "$out" <<'PYTHON'
 import glob, json, os, sys

@@ -122,7 +122,8 @@ fn computed(device: &Cuda, value: f32) -> CudaMatrix {
 fn all_are(device: &Cuda, matrix: &CudaMatrix, expected: [f32; 2]) {
     let values = device.read_matrix(matrix).unwrap();
     for (half, expected) in values.chunks(ROWS * COLS).zip(expected) {
-        let other = half.iter().map(|bits| bf16::from_bits(*bits).to_f32()).enumerate().find(|(_, value)| *value != expected);
+        let other =
+            half.iter().map(|bits| bf16::from_bits(*bits).to_f32()).enumerate().find(|(_, value)| *value != expected);
         assert!(other.is_none(), "not all are {expected}: {other:?}");
     }
 }

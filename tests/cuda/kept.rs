@@ -43,8 +43,8 @@ fn kept(values: &Values, head_dim: usize, restored: bool) -> Values {
     let mut kept = Values::from_fn(values.rows, values.cols, |_, _| 0.0);
     for (from, to) in values.data.chunks(head_dim).zip(kept.data.chunks_mut(head_dim)) {
         let largest = from.iter().fold(0f32, |largest, value| largest.max(value.abs() as f32));
-        // A scale that bf16 has, and no smaller.
-        let scale = f32::from_bits(((largest / 448.0).to_bits() + 0xffff) & 0xffff_0000);
+        // A power of two, and no smaller.
+        let scale = f32::from_bits(((largest / 448.0).to_bits() + 0x7f_ffff) & 0x7f80_0000);
         let scale = if largest > 0.0 { scale } else { 1.0 };
         for (from, to) in from.iter().zip(to) {
             let product = nearest(&all, *from as f32 / scale) * scale;

@@ -19,8 +19,14 @@ const APB: Case = Case {
     passing: 3,
     query_at: 2,
     query_in_anchor: true,
+    kv_budget: None,
     selector: Selector::RetainingHead,
-    execution: Execution { placement: Placement::Contiguous, overlap: true, passing_type: PassingType::Native },
+    execution: Execution {
+        placement: Placement::Contiguous,
+        overlap: true,
+        passing_type: PassingType::Native,
+        query_with_context: false,
+    },
 };
 
 /// Runs with a fault on one of three ranks; gives the error, or the operations of that rank.

@@ -33,13 +33,25 @@ fn no_rank_allocates_more_than_its_plan_says() {
     let strategies = [Selector::RetainingHead, Selector::QueryAware].into_iter().flat_map(with_selector);
     for ((mode, selector), execution) in strategies.flat_map(|strategy| executions.iter().map(move |e| (strategy, *e)))
     {
-        let case =
-            Case { mode, hosts: 6, anchor: 14, passing: 4, query_at: 2, query_in_anchor: true, selector, execution };
+        let case = Case {
+            mode,
+            hosts: 6,
+            anchor: 14,
+            passing: 4,
+            query_at: 2,
+            query_in_anchor: true,
+            selector,
+            kv_budget: KV_BUDGETS[mode as usize % 2],
+            execution,
+        };
         for count in [1, 2, 3, 8] {
             check(&model, &footprint, &case, count);
         }
     }
 }
+
+/// Of some modes everything is kept, of others a part.
+const KV_BUDGETS: [Option<usize>; 2] = [None, Some(50)];
 
 fn check(model: &TinyModel, footprint: &Footprint, case: &Case, count: usize) {
     let all = distinct_tokens(127, 1);

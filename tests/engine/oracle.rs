@@ -17,6 +17,8 @@ pub struct Case {
     pub query_at: usize,
     pub query_in_anchor: bool,
     pub selector: Selector,
+    /// Tokens kept for query and output, per KV head, by retaining heads.
+    pub kv_budget: Option<usize>,
     /// The oracle has no ranks: of all this it knows only the type of the passing blocks.
     pub execution: Execution,
 }
@@ -39,6 +41,8 @@ struct KeyValue {
 }
 
 struct Sequence {
+    /// Tokens of the whole context.
+    context: usize,
     tokens: Vec<u32>,
     positions: Vec<usize>,
     anchor: usize,
@@ -87,6 +91,7 @@ impl Oracle<'_> {
             let probe: &[u32] = if passes > 0 && case.selector == Selector::QueryAware { query } else { &[] };
             let positions = (0..own_anchor.len()).chain(*start..end).chain(n..n + probe.len()).collect();
             Sequence {
+                context: n,
                 anchor: own_anchor.len(),
                 tokens: [&own_anchor[..], &context[*start..end], probe].concat(),
                 positions,
@@ -113,8 +118,8 @@ impl Oracle<'_> {
         }
     }
 
-    /// Local keys and values of every layer, in the order of the document, and the margin of the choices.
-    fn prefill(&self, sequences: &[Sequence]) -> (Vec<Vec<KeyValue>>, f64) {
+    /// What is kept of the local blocks in every layer, by KV head, in the order of the document, and the margin of the choices.
+    fn prefill(&self, sequences: &[Sequence]) -> (Vec<Vec<Vec<KeyValue>>>, f64) {
         let mut hidden: Vec<Vec<Row>> =
             sequences.iter().map(|s| s.tokens.iter().map(|t| self.embed(*t)).collect()).collect();
         let mut kept = Vec::new();
@@ -122,7 +127,7 @@ impl Oracle<'_> {
         for (index, layer) in self.model.layers.iter().enumerate() {
             // For each KV head, what the hosts so far have passed on.
             let mut passed: Vec<Vec<KeyValue>> = vec![Vec::new(); self.model.spec.shape.kv_heads];
-            let mut layer_kept = Vec::new();
+            let mut layer_kept = vec![Vec::new(); self.model.spec.shape.kv_heads];
             for (sequence, rows) in sequences.iter().zip(&mut hidden) {
                 let raw: Vec<Row> = rows.iter().map(|x| self.qkv(layer, x)).collect();
                 let (queries, own) = self.rotated(&raw, &sequence.positions);
@@ -145,11 +150,43 @@ impl Oracle<'_> {
                         passed[head].push(passing);
                     }
                 }
-                layer_kept.extend_from_slice(&own[sequence.anchor..sequence.anchor + sequence.local]);
+                margin = margin.min(self.keep(layer, sequence, &raw, &own, &mut layer_kept));
             }
             kept.push(layer_kept);
         }
         (kept, margin)
+    }
+
+    /// Adds what is kept of a host, and says by how much it is better than the rest.
+    fn keep(
+        &self,
+        layer: &LayerTensors,
+        sequence: &Sequence,
+        raw: &[Row],
+        own: &[KeyValue],
+        kept: &mut [Vec<KeyValue>],
+    ) -> f64 {
+        let (first, end) = (sequence.anchor, sequence.anchor + sequence.local);
+        let Some(budget) = self.case.kv_budget.filter(|budget| *budget < sequence.context) else {
+            kept.iter_mut().for_each(|kept| kept.extend_from_slice(&own[first..end]));
+            return f64::INFINITY;
+        };
+        let count = (budget * sequence.local).div_ceil(sequence.context);
+        let scores: Vec<Row> = raw[..end].iter().map(|raw| self.retained(layer, raw)).collect();
+        let mut margin = f64::INFINITY;
+        for (head, kept) in kept.iter_mut().enumerate() {
+            let scores: Row = scores.iter().map(|row| row[head]).collect();
+            let (chosen, gap) = best(&scores, first, count, 2);
+            margin = margin.min(gap);
+            kept.extend(chosen.into_iter().map(|row| own[row].clone()));
+        }
+        margin
+    }
+
+    /// What the retaining heads say of a row, by KV head.
+    fn retained(&self, layer: &LayerTensors, raw: &Row) -> Row {
+        let inner: Row = product(&layer.w1, raw).into_iter().map(silu).collect();
+        product(&layer.w2, &inner)
     }
 
     /// A row as others see it, of which they look at one KV head, and how clearly its codes are what they are.
@@ -164,13 +201,13 @@ impl Oracle<'_> {
         (passing, margin)
     }
 
-    fn append(&self, token: u32, position: usize, kept: &mut [Vec<KeyValue>]) -> Row {
+    fn append(&self, token: u32, position: usize, kept: &mut [Vec<Vec<KeyValue>>]) -> Row {
         let mut x = self.embed(token);
         for (layer, kept) in self.model.layers.iter().zip(kept) {
             let raw = self.qkv(layer, &x);
             let (queries, own) = self.rotated(&[raw], &[position]);
-            kept.extend(own);
-            let attended = self.attend(&queries[0], |_| kept.iter());
+            kept.iter_mut().for_each(|kept| kept.extend_from_slice(&own));
+            let attended = self.attend(&queries[0], |head| kept[head].iter());
             self.finish_layer(layer, &mut x, &attended);
         }
         x
@@ -192,10 +229,7 @@ impl Oracle<'_> {
             return Vec::new();
         }
         let score = |head: usize, row: usize| match self.case.selector {
-            Selector::RetainingHead => {
-                let inner: Row = product(&layer.w1, &raw[row]).into_iter().map(silu).collect();
-                product(&layer.w2, &inner)[head]
-            }
+            Selector::RetainingHead => self.retained(layer, &raw[row])[head],
             Selector::QueryAware => {
                 let group = shape.heads / shape.kv_heads;
                 let key = slice(&own[row].k, head, shape.head_dim);
@@ -214,21 +248,8 @@ impl Oracle<'_> {
 
     /// Rows of the best local tokens in their order, and by how much they are better than the others.
     fn choose(&self, sequence: &Sequence, scores: &[f64]) -> (Vec<usize>, f64) {
-        let is_random = matches!(self.case.selector, Selector::Random { .. });
-        let pooled = |row: usize| {
-            let window = if is_random { row..row + 1 } else { row.saturating_sub(2)..scores.len().min(row + 3) };
-            window.map(|near| scores[near]).fold(f64::NEG_INFINITY, f64::max)
-        };
-        let mut candidates: Vec<usize> = (sequence.anchor + sequence.excluded..scores.len()).collect();
-        candidates.sort_by(|a, b| pooled(*b).total_cmp(&pooled(*a)).then(a.cmp(b)));
-        let rejected = candidates.split_off(sequence.passes);
-        let gap = match (candidates.last(), rejected.first()) {
-            (Some(worst), Some(best)) => pooled(*worst) - pooled(*best),
-            _ => f64::INFINITY,
-        };
-        candidates.sort_unstable();
-        // Neighbours that share a maximum are equal in any precision.
-        (candidates, if gap == 0.0 { f64::INFINITY } else { gap })
+        let reach = if matches!(self.case.selector, Selector::Random { .. }) { 0 } else { 2 };
+        best(scores, sequence.anchor + sequence.excluded, sequence.passes, reach)
     }
 
     fn embed(&self, token: u32) -> Row {
@@ -320,6 +341,24 @@ impl Oracle<'_> {
         let scale = 1.0 / (mean + f64::from(self.model.spec.epsilon)).sqrt();
         x.iter().zip(&weight.values).map(|(value, weight)| value * scale * f64::from(*weight)).collect()
     }
+}
+
+/// The `count` best rows from `first` on, each as good as the best within `reach` of it, in their order; and by how much they are better than the others.
+fn best(scores: &[f64], first: usize, count: usize, reach: usize) -> (Vec<usize>, f64) {
+    let pooled = |row: usize| {
+        let window = row.saturating_sub(reach)..scores.len().min(row + reach + 1);
+        window.map(|near| scores[near]).fold(f64::NEG_INFINITY, f64::max)
+    };
+    let mut candidates: Vec<usize> = (first..scores.len()).collect();
+    candidates.sort_by(|a, b| pooled(*b).total_cmp(&pooled(*a)).then(a.cmp(b)));
+    let rejected = candidates.split_off(count);
+    let gap = match (candidates.last(), rejected.first()) {
+        (Some(worst), Some(best)) => pooled(*worst) - pooled(*best),
+        _ => f64::INFINITY,
+    };
+    candidates.sort_unstable();
+    // Neighbours that share a maximum are equal in any precision.
+    (candidates, if gap == 0.0 { f64::INFINITY } else { gap })
 }
 
 /// Rounds the elements of a head to four bits, relative to a scale of eight. Returns the least distance to where another code or scale would be

@@ -55,6 +55,7 @@ pub fn plan(case: &Case, context: usize, query: usize) -> PrefillPlan {
         passing: Some(case.passing),
         selector: Some(case.selector),
         query_in_anchor: Some(case.query_in_anchor),
+        kv_budget: case.kv_budget,
         execution: case.execution,
     };
     let capabilities = Capabilities { has_retaining_heads: true, max_hosts: 64 };

@@ -26,7 +26,8 @@ const FP8_TOLERANCE: f64 = 5e-4;
 const CLEAR_MARGIN: f64 = 1e-5;
 
 const fn execution(placement: Placement, overlap: bool) -> Execution {
-    Execution { placement, overlap, passing_type: PassingType::Native }
+    // Both are switched together, so that each way of one is seen with each way of the other somewhere.
+    Execution { placement, overlap, passing_type: PassingType::Native, query_with_context: overlap }
 }
 
 struct Tokens {
@@ -85,8 +86,23 @@ fn case(mode: AttentionMode, hosts: usize, selector: Selector) -> Case {
         query_at: 2,
         query_in_anchor: true,
         selector,
+        kv_budget: None,
         execution: Execution::default(),
     }
+}
+
+#[test]
+fn a_budget_of_keys_and_values_is_kept_by_the_retaining_heads() {
+    for (mode, hosts) in [(AttentionMode::Full, 1), (AttentionMode::Star, 4), (AttentionMode::Apb, 5)] {
+        for budget in [1, 9, 40, 60] {
+            check(GROUPED, 61, 7, &Case { kv_budget: Some(budget), ..case(mode, hosts, Selector::RetainingHead) });
+        }
+    }
+    let with = |budget| Case { kv_budget: budget, ..case(AttentionMode::Apb, 5, Selector::QueryAware) };
+    let (model, tokens) = (TinyModel::new(GROUPED, 4), Tokens::new(61, 7, 4));
+    let logits = |budget| runs::logits(&model, &tokens.context, &tokens.query, &[], &with(budget), 2);
+    assert_eq!(logits(Some(61)), logits(None), "a budget for all is none");
+    assert!(!runs::plan(&with(Some(60)), 61, 7).exact);
 }
 
 #[test]
@@ -242,6 +258,7 @@ fn selectors_and_anchors_change_the_result() {
     let mut others: Vec<Case> =
         SELECTORS[1..].iter().map(|selector| Case { selector: *selector, ..apb.clone() }).collect();
     others.push(Case { query_in_anchor: false, ..apb.clone() });
+    others.push(Case { kv_budget: Some(12), ..apb.clone() });
     others.push(Case { mode: AttentionMode::Full, ..apb.clone() });
     others.push(Case { mode: AttentionMode::Star, ..apb });
     for other in others {
@@ -257,8 +274,11 @@ prop_compose! {
             AttentionMode::Ring, AttentionMode::Ulysses, AttentionMode::Star, AttentionMode::Apb, AttentionMode::Apb, AttentionMode::Apb,
         ]),
         selector in prop::sample::select(SELECTORS.to_vec()), execution in prop::sample::select(EXECUTIONS.to_vec()),
+        budget in prop::option::weighted(0.3, 1usize..120),
     ) -> Case {
-        Case { mode, hosts, anchor, passing, query_at, query_in_anchor, selector, execution }
+        // The oracle knows one host of ring and Ulysses, a plan has several, each with its own part of the budget.
+        let kv_budget = budget.filter(|_| !matches!(mode, AttentionMode::Ring | AttentionMode::Ulysses));
+        Case { mode, hosts, anchor, passing, query_at, query_in_anchor, selector, kv_budget, execution }
     }
 }
 

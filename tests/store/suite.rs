@@ -57,7 +57,7 @@ pub async fn claim(store: &dyn Store, limit: u32) -> Vec<Claim> {
 }
 
 fn result(text: &str) -> JobResult {
-    let host = Host { local: 0..100, excluded: 0, compressed: 0 };
+    let host = Host { local: 0..100, excluded: 0, compressed: 0, kept: None };
     let plan = PrefillPlan {
         mode: AttentionMode::Full,
         context: 100,

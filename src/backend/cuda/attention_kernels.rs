@@ -190,7 +190,7 @@ fn decode_fp8_kernel(modules: &Modules, head_dim: usize) -> Result<Kernel, Backe
     let (warps, keys, stages) = (4, 32, 3);
     let name = if head_dim == 128 { "attention_decode_fp8_128" } else { "attention_decode_fp8_64" };
     // Codes and scales of keys and values in every stage of every warp.
-    let shared = warps * stages * 2 * keys * (head_dim + 4);
+    let shared = warps * stages * 2 * (keys * head_dim + keys + 16);
     let function = modules.function("attention/decode_fp8", name, shared)?;
     Ok(Kernel {
         function,

@@ -17,7 +17,7 @@ pub struct CudaMatrix {
     pub(super) fp8: Option<Fp8Scales>,
 }
 
-/// Scales of a matrix in FP8, f32 `[heads, rows]`; its codes are `[heads, rows, head_dim]`. Element = code * scale, see kernels/fp8.cuh.
+/// Scales of a matrix in FP8, exponents of a byte `[heads, rows]`; its codes are `[heads, rows, head_dim]`. Element = code * scale, see kernels/fp8.cuh.
 pub(super) struct Fp8Scales {
     pub(super) piece: Piece,
     pub(super) heads: usize,
@@ -58,7 +58,7 @@ impl CudaMatrix {
         cols: usize,
         heads: usize,
     ) -> Result<Self, BackendError> {
-        let scales = Fp8Scales { piece: arena.take(op, rows * heads * 4)?, heads };
+        let scales = Fp8Scales { piece: arena.take(op, rows * heads)?, heads };
         Ok(Self { piece: arena.take(op, rows * cols)?, rows, cols, fp8: Some(scales) })
     }
     /// Address of a row of a matrix in bf16.

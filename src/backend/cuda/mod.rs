@@ -73,7 +73,7 @@ pub enum KvCacheType {
     /// As they are computed.
     #[default]
     Bf16,
-    /// FP8 (e4m3), with an f32 scale for every row and KV head.
+    /// FP8 (e4m3), with a power of two as the scale of every row and KV head.
     Fp8,
 }
 
@@ -82,7 +82,7 @@ impl KvCacheType {
     pub fn bytes(self, elements: usize, head_dim: usize) -> usize {
         match self {
             Self::Bf16 => 2 * elements,
-            Self::Fp8 => elements + elements / head_dim * size_of::<f32>(),
+            Self::Fp8 => elements + elements / head_dim,
         }
     }
 }

@@ -144,7 +144,10 @@ impl Line {
         if let Err(error) = wire::write(&mut *stream, say, rows) {
             let mut state = self.lock();
             if !state.left {
-                state.end(End::Failed { reason: format!("the connection to the first node was lost: {error}") }, self.rank);
+                state.end(
+                    End::Failed { reason: format!("the connection to the first node was lost: {error}") },
+                    self.rank,
+                );
                 self.changed.notify_all();
             }
         }

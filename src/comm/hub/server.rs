@@ -64,13 +64,7 @@ impl Hub {
         Self::seat(guests, place, ranks, deadline, secret).map_err(|error| refused(error.to_string()))
     }
 
-    fn seat(
-        guests: Guests,
-        place: &Place,
-        ranks: usize,
-        deadline: Duration,
-        secret: &[u8],
-    ) -> io::Result<Self> {
+    fn seat(guests: Guests, place: &Place, ranks: usize, deadline: Duration, secret: &[u8]) -> io::Result<Self> {
         let rounds = Arc::new(Rounds::new(place.nodes * ranks, deadline));
         let mut hub = Self { rounds, nodes: Vec::new(), streams: Vec::new(), threads: Vec::new() };
         let welcome = Tell::Welcome { secret: secret.to_vec() };
@@ -163,7 +157,9 @@ fn ask(stream: &TcpStream, token: &str, size: usize) -> Result<Seat, String> {
     stream.set_read_timeout(Some(SILENCE)).map_err(unheard)?;
     stream.set_write_timeout(Some(SILENCE)).map_err(unheard)?;
     match wire::read::<Say>(&mut &*stream).map_err(unheard)?.0 {
-        Say::Hello { token: given, .. } if given != token => Err("the token is another group's, or an old one".to_owned()),
+        Say::Hello { token: given, .. } if given != token => {
+            Err("the token is another group's, or an old one".to_owned())
+        }
         Say::Hello { size: counted, .. } if counted != size => {
             Err(format!("the nodes disagree: {counted} ranks in all on one, {size} on the first"))
         }
@@ -180,7 +176,8 @@ impl Guests {
             Seat::Node(node) => (1..place.nodes).contains(&node),
         };
         if !is_free {
-            let _ = wire::write(&mut stream, &Tell::Refused { reason: format!("{seat:?} is no seat of the group") }, &[]);
+            let _ =
+                wire::write(&mut stream, &Tell::Refused { reason: format!("{seat:?} is no seat of the group") }, &[]);
             return;
         }
         match seat {
@@ -224,7 +221,9 @@ fn hear(mut stream: TcpStream, rank: usize, rounds: &Rounds, awaited: &Sender<(u
             }
             Ok((Say::Beat, _)) => {}
             Ok((Say::Hello { .. }, _)) => break "its node said hello twice".to_owned(),
-            Err(error) if is_silence(&error) => break format!("nothing was heard of its node for {} s", SILENCE.as_secs()),
+            Err(error) if is_silence(&error) => {
+                break format!("nothing was heard of its node for {} s", SILENCE.as_secs());
+            }
             Err(_) => break "the connection to its node was lost".to_owned(),
         }
     };

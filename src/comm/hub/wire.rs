@@ -137,11 +137,8 @@ pub(super) fn read<T: DeserializeOwned>(from: &mut impl Read) -> io::Result<(T, 
 
 /// Deposits as they are told, and their rows.
 pub(super) fn brought(deposits: &[Deposit]) -> (Vec<Brought>, Vec<&[f32]>) {
-    let of = |deposit: &Deposit| Brought {
-        call: deposit.call.clone(),
-        value: deposit.value,
-        elements: deposit.rows.len(),
-    };
+    let of =
+        |deposit: &Deposit| Brought { call: deposit.call.clone(), value: deposit.value, elements: deposit.rows.len() };
     (deposits.iter().map(of).collect(), deposits.iter().map(|deposit| &deposit.rows[..]).collect())
 }
 

@@ -106,7 +106,11 @@ impl NcclComm {
     }
 
     /// The ends of this node's devices; every node has as many. What comes with them has to be kept as long as they.
-    pub fn group_at(place: &Place, devices: &[Arc<Cuda>], deadlines: Deadlines) -> Result<(Vec<Self>, Side), CommError> {
+    pub fn group_at(
+        place: &Place,
+        devices: &[Arc<Cuda>],
+        deadlines: Deadlines,
+    ) -> Result<(Vec<Self>, Side), CommError> {
         // Where NCCL's own ranks meet is the process that has made the id.
         let own = match place.node {
             0 => UniqueId::new().map_err(not_started)?.to_bytes(),

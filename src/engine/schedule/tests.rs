@@ -71,7 +71,13 @@ fn simulate(arrivals: &[Arrival]) -> Run {
             Step::Begin(id) => {
                 assert!(run.began.insert(*id, step).is_none(), "{id:?} begins twice");
             }
-            Step::Layer(id) => stall += if left.is_empty() { 0.0 } else { of(id).flops / RATE },
+            Step::Layer(id) => {
+                stall += if left.is_empty() { 0.0 } else { of(id).flops / RATE };
+                let layers = run.steps.iter().filter(|step| **step == Step::Layer(*id)).count() + 1;
+                if layers == LAYERS && of(id).query_passes == 0 {
+                    left.insert(*id, of(id).tokens);
+                }
+            }
             Step::Query(id) => {
                 let passes = run.steps.iter().filter(|step| **step == Step::Query(*id)).count() + 1;
                 if passes == of(id).query_passes {
@@ -108,7 +114,7 @@ fn simulate(arrivals: &[Arrival]) -> Run {
 }
 
 fn arrival() -> impl Strategy<Value = Arrival> {
-    (0..400usize, 1..200u32, 1..60u64, 0..60u64, 1..3usize, 1..20usize).prop_map(
+    (0..400usize, 1..200u32, 1..60u64, 0..60u64, 0..3usize, 1..20usize).prop_map(
         |(at_step, flops, kept, transient, query_passes, tokens)| Arrival {
             at_step,
             flops: f64::from(flops),
