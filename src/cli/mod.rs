@@ -16,6 +16,7 @@ pub mod forward;
 pub mod heads;
 pub mod jobs;
 pub mod migrate;
+mod node;
 pub mod replay;
 pub mod report;
 pub mod run;

@@ -59,8 +59,6 @@ impl<'r, 'a, B: Backend, C: Comm<B::Matrix, B::Scores>> Member<'r, 'a, B, C> {
         }
         // The layers' buffers are free for the next context once the device has come here.
         self.rank.backend.synchronize()?;
-        // The context is prefilled when it is on every rank; the query needs them all anyway.
-        self.rank.comm.barrier()?;
         if let Some(prefill) = self.prefilling.remove(&sequence) {
             self.ready.insert(sequence, prefill.finish());
         }

@@ -67,21 +67,30 @@ fn compare(what: &str, got: &Forced<'_>, expected: &Forced<'_>) {
     }
 }
 
+/// Every strategy over little, so that the emulator comes to an end of it.
+fn small_requests(heads: bool) -> Vec<AttentionRequest> {
+    let smaller = |request: AttentionRequest| AttentionRequest {
+        anchor: request.anchor.map(|_| 12),
+        passing: request.passing.map(|_| 3),
+        ..request
+    };
+    requests(heads).into_iter().map(smaller).collect()
+}
+
 fn strategies(gpus: usize) {
     let one = open(MODEL, &[0]);
     let vocab = one.spec().vocab;
-    let job = (&tokens(150, vocab, 1)[..], &tokens(9, vocab, 2)[..]);
-    let expected: Vec<_> =
-        requests(one.has_retaining_heads()).into_iter().map(|r| (run(&one, job, &r, None), r)).collect();
+    let job = (&tokens(61, vocab, 1)[..], &tokens(3, vocab, 2)[..]);
+    let requests = small_requests(one.has_retaining_heads());
+    let expected: Vec<_> = requests.into_iter().map(|request| (run(&one, job, &request, None), request)).collect();
     for ranks in 2..=gpus {
         let several = open(MODEL, &(0..ranks).collect::<Vec<_>>());
         assert!(several.info().device.starts_with(&format!("{ranks} x cuda")), "{}", several.info().device);
         for (expected, request) in &expected {
             // With three the hosts do not divide; with the others they are dealt to and fro.
-            for request in [if ranks == 3 { request.clone() } else { paired(request) }] {
-                let got = run(&several, job, &request, Some(&expected.chosen));
-                compare(&format!("{ranks} GPUs, {request:?}"), &got, expected);
-            }
+            let request = if ranks == 3 { request.clone() } else { paired(request) };
+            let got = run(&several, job, &request, Some(&expected.chosen));
+            compare(&format!("{ranks} GPUs, {request:?}"), &got, expected);
         }
     }
 }
