@@ -9,25 +9,28 @@ const MAY_USE: &[(&str, &[&str])] = &[
     // No I/O, no device; what a plan and a result are made of.
     ("plan", &[]),
     ("generate", &[]),
+    ("cost", &["plan"]),
     ("job", &["plan", "generate"]),
     // The engine's side: never a queue, a store or a document.
     ("backend", &[]),
     ("comm", &["backend"]),
     ("model", &["backend", "generate"]),
-    ("engine", &["backend", "comm", "generate", "model", "plan"]),
+    ("engine", &["backend", "comm", "cost", "generate", "model", "plan"]),
+    // A pool as engine and daemon would run it, but for the time.
+    ("simulate", &["cost", "engine", "plan"]),
     // The job's side: never a device.
     ("prompt", &["job", "model"]),
     ("objects", &[]),
     ("document", &["job", "objects"]),
-    ("store", &["job", "plan", "generate", "failpoint"]),
+    ("store", &["job", "plan", "cost", "generate", "failpoint"]),
     ("telemetry", &[]),
     ("failpoint", &[]),
-    ("config", &["job", "store", "document", "intake", "objects", "supervise"]),
+    ("config", &["job", "store", "document", "intake", "objects"]),
     // Of the pipeline the doors know only how the process is told to stop.
     ("intake", &["job", "store", "document", "objects", "pipeline", "telemetry", "failpoint"]),
     ("outbox", &["job", "store", "intake", "objects", "pipeline", "telemetry", "failpoint"]),
     ("pipeline", &["job", "store", "document", "prompt", "engine", "generate", "plan", "model", "failpoint"]),
-    ("supervise", &["engine", "plan", "telemetry"]),
+    ("supervise", &["engine", "plan", "cost", "telemetry"]),
 ];
 
 /// Lines of a file at most, tests included.
@@ -123,7 +126,7 @@ fn sql_stands_in_the_store_alone() {
 #[test]
 fn pure_modules_do_no_input_or_output() {
     for (module, path, text) in sources() {
-        let pure = ["job", "plan", "prompt", "generate"].contains(&module.as_str());
+        let pure = ["job", "plan", "cost", "simulate", "prompt", "generate"].contains(&module.as_str());
         let doors = ["std::fs", "std::net", "std::env", "tokio::", "SystemTime", "Utc::now"];
         let found = doors.iter().find(|door| code(&text).contains(*door));
         assert!(!pure || is_test(&path) || found.is_none(), "{}: {found:?}", path.display());
@@ -138,6 +141,21 @@ fn every_module_says_what_holds_in_it() {
         let file = if path.is_dir() { path.join("mod.rs") } else { continue };
         let text = fs::read_to_string(&file).expect("a module's file");
         assert!(text.starts_with("//! ") && text.contains("//! Invariant: "), "{}", file.display());
+    }
+}
+
+#[test]
+fn the_map_has_every_place() {
+    let readme = fs::read_to_string(root().join("README.md")).expect("README.md");
+    let entries = |folder: &str| {
+        fs::read_dir(root().join(folder)).expect("a folder").map(|entry| entry.expect("an entry").path())
+    };
+    let below = entries("src").filter(|path| !path.ends_with("lib.rs")).map(|path| ("src/", path));
+    let top = entries("").filter(|path| path.is_dir() && !path.ends_with("target")).map(|path| ("", path));
+    for (folder, path) in below.chain(top) {
+        let name = path.file_name().expect("a name").to_string_lossy();
+        let place = format!("`{folder}{name}{}`", if path.is_dir() { "/" } else { "" });
+        assert!(name.starts_with('.') || place == "`src/`" || readme.contains(&place), "README.md's map lacks {place}");
     }
 }
 

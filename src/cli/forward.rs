@@ -5,15 +5,15 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 
 use crate::engine::devices::Devices;
 use crate::engine::{Driver, Engine, EngineError, Job, ModelEngine, Progress};
 use crate::generate::generator::Step;
 use crate::generate::sampler::argmax;
-use crate::plan::{AttentionMode, AttentionRequest, PrefillPlan, Selector};
+use crate::plan::{AttentionRequest, PrefillPlan};
 
+use super::attention::{AttentionName, SelectorName};
 use super::device::{BackendName, DeviceArgs};
 use super::execution::ExecutionArgs;
 use super::{CliError, Status};
@@ -31,8 +31,8 @@ pub struct Args {
     #[arg(long, value_name = "FILE")]
     input: PathBuf,
     /// Attention strategy.
-    #[arg(long, value_enum, default_value_t = Attention::Auto)]
-    attention: Attention,
+    #[arg(long, value_enum, default_value_t = AttentionName::Auto)]
+    attention: AttentionName,
     /// Hosts: parts into which the context is cut.
     #[arg(long, value_name = "N")]
     hosts: Option<usize>,
@@ -64,24 +64,6 @@ pub struct Args {
     execution: ExecutionArgs,
     #[command(flatten)]
     device: DeviceArgs,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum Attention {
-    Auto,
-    Full,
-    Ring,
-    Ulysses,
-    Star,
-    Apb,
-}
-
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum SelectorName {
-    RetainingHead,
-    QueryAware,
-    Random,
-    None,
 }
 
 /// Token ids; other keys are ignored, so that a file with expected results can be given as it is.
@@ -134,26 +116,12 @@ impl Args {
     }
 
     fn request(&self) -> AttentionRequest {
-        let mode = match self.attention {
-            Attention::Auto => None,
-            Attention::Full => Some(AttentionMode::Full),
-            Attention::Ring => Some(AttentionMode::Ring),
-            Attention::Ulysses => Some(AttentionMode::Ulysses),
-            Attention::Star => Some(AttentionMode::Star),
-            Attention::Apb => Some(AttentionMode::Apb),
-        };
-        let selector = self.selector.map(|name| match name {
-            SelectorName::RetainingHead => Selector::RetainingHead,
-            SelectorName::QueryAware => Selector::QueryAware,
-            SelectorName::Random => Selector::Random { seed: self.seed },
-            SelectorName::None => Selector::None,
-        });
         AttentionRequest {
-            mode,
+            mode: self.attention.mode(),
             hosts: self.hosts,
             anchor: self.anchor,
             passing: self.passing,
-            selector,
+            selector: self.selector.map(|name| name.selector(self.seed)),
             query_in_anchor: self.no_query_in_anchor.then_some(false),
             kv_budget: self.kv_budget,
             execution: self.execution.of_plan(),

@@ -3,7 +3,7 @@
 use crate::job::retry::RetryPolicy;
 use crate::store::{self, Access, Roles, StoreUrl};
 
-use super::database::DatabaseArgs;
+use super::database::{DatabaseArgs, Format, print_json};
 use super::{CliError, Status, print, runtime};
 
 /// Arguments of `apbd migrate`.
@@ -17,6 +17,9 @@ pub struct Args {
     /// Role that people report as: gets the right to read the report_ views alone. Made, without login, if it is missing.
     #[arg(long, value_name = "ROLE")]
     reporter_role: Option<String>,
+    /// How to say what was done.
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    format: Format,
 }
 
 impl Args {
@@ -24,22 +27,32 @@ impl Args {
     pub fn execute(self) -> Result<Status, CliError> {
         let url = self.database.url()?;
         let roles = Roles { app: self.app_role, reporter: self.reporter_role };
-        runtime()?.block_on(async {
-            if let StoreUrl::Sqlite(_) = &url {
-                if roles != Roles::default() {
-                    return Err(CliError::Usage(format!("{url}: a SQLite file has no roles")));
+        let migrated = runtime()?.block_on(async {
+            match &url {
+                StoreUrl::Sqlite(_) if roles != Roles::default() => {
+                    Err(CliError::Usage(format!("{url}: a SQLite file has no roles")))
                 }
-                // Its worker brings a file up to date; this is one that does nothing else.
-                store::open(&url, Access::Worker, RetryPolicy::default()).await?.close().await;
-                return print(&format!("{url}: the schema is up to date\n"));
+                StoreUrl::Sqlite(_) => {
+                    // Its worker brings a file up to date; this is one that does nothing else.
+                    store::open(&url, Access::Worker, RetryPolicy::default()).await?.close().await;
+                    Ok(None)
+                }
+                StoreUrl::Postgres(_) => Ok(Some(store::migrate(&url, &roles).await?)),
             }
-            let migrated = store::migrate(&url, &roles).await?;
-            print(&if migrated.from == migrated.to {
-                format!("{url}: the schema is up to date (version {})\n", migrated.to)
-            } else {
-                format!("{url}: schema migrated from version {} to {}\n", migrated.from, migrated.to)
-            })
         })?;
+        let (from, to) = (migrated.map(|migrated| migrated.from), migrated.map(|migrated| migrated.to));
+        match (self.format, migrated) {
+            (Format::Json, _) => {
+                print_json(&serde_json::json!({ "database": url.to_string(), "from": from, "to": to }))?
+            }
+            (Format::Table, None) => print(&format!("{url}: the schema is up to date\n"))?,
+            (Format::Table, Some(migrated)) if migrated.from == migrated.to => {
+                print(&format!("{url}: the schema is up to date (version {})\n", migrated.to))?;
+            }
+            (Format::Table, Some(migrated)) => {
+                print(&format!("{url}: schema migrated from version {} to {}\n", migrated.from, migrated.to))?;
+            }
+        }
         Ok(Status::Done)
     }
 }

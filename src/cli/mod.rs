@@ -5,12 +5,14 @@
 //!
 //! Invariant: only here is something parsed from arguments or printed; the exit codes are those of [`Status`] and [`CliError`].
 
+mod attention;
 pub mod bench;
 pub mod cancel;
 pub mod check;
 mod database;
 mod device;
 pub mod engine;
+pub mod eval;
 mod execution;
 pub mod forward;
 pub mod heads;
@@ -71,6 +73,8 @@ pub enum Command {
     Migrate(migrate::Args),
     /// Run token ids through a model and print logits, for comparison with other implementations.
     Forward(forward::Args),
+    /// Ask questions with known answers under several attentions: accuracy, speed and tokens side by side.
+    Eval(eval::Args),
     /// Measure the engine's speed on a GPU, with random weights of real models' shapes.
     Bench(bench::Args),
     /// Convert published retaining heads.
@@ -93,6 +97,7 @@ impl Command {
             Self::Report(args) => args.execute(),
             Self::Migrate(args) => args.execute(),
             Self::Forward(args) => args.execute(),
+            Self::Eval(args) => args.execute(),
             Self::Bench(args) => args.execute(),
             Self::Heads(args) => args.execute(),
         }

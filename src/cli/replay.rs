@@ -3,7 +3,7 @@
 use crate::job::JobId;
 use crate::store::Replay;
 
-use super::database::DatabaseArgs;
+use super::database::{DatabaseArgs, Format, print_json};
 use super::{CliError, Status, print, runtime};
 
 /// Arguments of `apbd replay`.
@@ -20,6 +20,9 @@ pub struct Args {
     /// All failed jobs.
     #[arg(long, conflicts_with = "jobs")]
     failed: bool,
+    /// How to say what came of it.
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    format: Format,
 }
 
 impl Args {
@@ -36,7 +39,10 @@ impl Args {
             store.close().await;
             Ok::<_, CliError>(replayed)
         })?;
-        print(&format!("{replayed} queued again\n"))?;
+        match self.format {
+            Format::Json => print_json(&serde_json::json!({ "queued_again": replayed }))?,
+            Format::Table => print(&format!("{replayed} queued again\n"))?,
+        }
         let short = matches!(&what, Replay::Jobs(jobs) if (jobs.len() as u64) > replayed);
         Ok(if short { Status::SomeFailed } else { Status::Done })
     }

@@ -6,6 +6,7 @@ use std::fs;
 use std::io::Read;
 use std::path::PathBuf;
 
+use super::database::{Format, print_json};
 use super::{CliError, Status, print, runtime};
 use crate::intake::amqp::{Broker, Message, PublishError, Publisher};
 use crate::job::{JobId, JobMessage, MessageLimits};
@@ -34,6 +35,9 @@ pub struct Args {
     /// Own mark, given back with the completion event.
     #[arg(long, value_name = "TEXT", requires = "reply_to")]
     correlation_id: Option<String>,
+    /// How to print the job's id.
+    #[arg(long, value_enum, default_value_t = Format::Table)]
+    format: Format,
 }
 
 impl Args {
@@ -46,7 +50,10 @@ impl Args {
             .map_err(|error| CliError::Usage(format!("{}: {error}", self.job.display())))?;
         let body = serde_json::to_vec(&message.message).map_err(|error| CliError::Internal(error.to_string()))?;
         runtime()?.block_on(self.send(&broker, message.id, &body))?;
-        print(&format!("{}\n", message.id))?;
+        match self.format {
+            Format::Json => print_json(&serde_json::json!({ "job_id": message.id, "queue": self.queue }))?,
+            Format::Table => print(&format!("{}\n", message.id))?,
+        }
         Ok(Status::Done)
     }
 

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
+use super::groups::{self, GroupConfig};
 use super::places;
 use super::raw::{self, Raw};
 use crate::document::fetch::{AllowedPrefix, Locations};
@@ -17,7 +18,6 @@ use crate::job::retry::RetryPolicy;
 use crate::job::{DocumentUri, MessageLimits};
 use crate::objects::{Credentials, StoreOptions};
 use crate::store::StoreUrl;
-use crate::supervise::EngineOptions;
 
 /// The whole configuration of `apbd serve`.
 #[derive(Debug, Clone)]
@@ -64,18 +64,18 @@ pub struct EngineConfig {
     pub model: Option<PathBuf>,
     /// Retaining heads; absent: the model's own.
     pub heads: Option<PathBuf>,
-    /// Where the model runs: `cpu` or `cuda`.
-    pub backend: String,
     /// How keys and values are kept: `native` or `fp8`.
     pub kv_cache: String,
-    /// Ranks at most.
-    pub ranks: usize,
-    /// Threads of all ranks; absent: all there are.
-    pub threads: Option<usize>,
     /// Names by which jobs may ask for it; empty: any.
     pub names: Vec<String>,
-    /// How the process is run; an empty program is this one.
-    pub process: EngineOptions,
+    /// Time to load the model.
+    pub start_within: Duration,
+    /// Silence that is borne at least.
+    pub silence_floor: Duration,
+    /// Silence that is borne, in multiples of the predicted time.
+    pub silence_factor: f64,
+    /// The engines, one at least.
+    pub groups: Vec<GroupConfig>,
 }
 
 /// How jobs are worked on.
@@ -83,8 +83,8 @@ pub struct EngineConfig {
 pub struct WorkConfig {
     /// How long a job stays a worker's without a heartbeat.
     pub lease: Duration,
-    /// Jobs prepared ahead.
-    pub ahead: usize,
+    /// Jobs prepared ahead; absent: a quarter of what the engines take at a time.
+    pub ahead: Option<usize>,
     /// How often an empty inbox is asked.
     pub poll: Duration,
     /// How long a job may go on after SIGTERM.
@@ -97,7 +97,7 @@ pub struct WorkConfig {
 
 /// Checks everything; `None` where too much is wrong to go on.
 pub(super) fn check(raw: Raw, faults: &mut Vec<String>) -> Option<Config> {
-    let Raw { database, amqp, files, results, engine, work, http, stores, drops } = raw;
+    let Raw { database, amqp, files, results, engine, groups, work, http, stores, drops } = raw;
     let url = secret("database", "url", database.url, database.url_file.as_deref(), faults);
     let database = match url {
         Some(url) => parsed::<StoreUrl>("[database] url", &url, faults),
@@ -128,7 +128,7 @@ pub(super) fn check(raw: Raw, faults: &mut Vec<String>) -> Option<Config> {
     }
     let listen = http.listen.unwrap_or_else(|| "127.0.0.1:9464".to_owned());
     let listen = parsed::<SocketAddr>("[http] listen", &listen, faults);
-    let engine = check_engine(engine, faults);
+    let engine = check_engine(engine, groups, faults);
     let work = check_work(work, faults);
     Some(Config {
         database: database?,
@@ -242,36 +242,27 @@ fn check_store(
     })
 }
 
-fn check_engine(raw: raw::Engine, faults: &mut Vec<String>) -> EngineConfig {
-    if let Some(model) = &raw.model {
-        refuse(
-            faults,
-            !model.join("config.json").is_file(),
-            &format!("[engine] model: {} has no config.json", model.display()),
-        );
-    }
-    refuse(faults, raw.ranks == Some(0), "[engine] ranks: at least 1");
-    let backend = raw.backend.unwrap_or_else(|| "cpu".to_owned());
-    refuse(faults, !["cpu", "cuda"].contains(&backend.as_str()), "[engine] backend: cpu or cuda");
+fn check_engine(raw: raw::Engine, pool: Vec<(usize, raw::Group)>, faults: &mut Vec<String>) -> EngineConfig {
+    groups::check_model("[engine]", raw.model.as_deref(), faults);
+    let groups = match pool.is_empty() {
+        true => groups::only_one(&raw, faults),
+        false => groups::check(&raw, pool, faults),
+    };
     let kv_cache = raw.kv_cache.unwrap_or_else(|| "native".to_owned());
     refuse(faults, !["native", "fp8"].contains(&kv_cache.as_str()), "[engine] kv_cache: native or fp8");
-    refuse(faults, kv_cache == "fp8" && backend != "cuda", "[engine] kv_cache: fp8 needs backend = \"cuda\"");
+    let is_cuda = groups.iter().all(|group| group.backend == "cuda");
+    refuse(faults, kv_cache == "fp8" && !is_cuda, "[engine] kv_cache: fp8 needs backend = \"cuda\"");
     let factor = raw.silence_factor.unwrap_or(5.0);
     refuse(faults, !(1.0..=1000.0).contains(&factor), "[engine] silence_factor: not in 1..1000");
     EngineConfig {
         model: raw.model,
         heads: raw.heads,
-        backend,
         kv_cache,
-        ranks: raw.ranks.unwrap_or(1),
-        threads: raw.threads,
         names: raw.names.unwrap_or_default(),
-        process: EngineOptions {
-            program: raw.command.unwrap_or_default(),
-            start_within: Duration::from_secs(raw.start_within_s.unwrap_or(600)),
-            silence_floor: Duration::from_secs(raw.silence_floor_s.unwrap_or(30)),
-            silence_factor: factor,
-        },
+        start_within: Duration::from_secs(raw.start_within_s.unwrap_or(600)),
+        silence_floor: Duration::from_secs(raw.silence_floor_s.unwrap_or(30)),
+        silence_factor: factor,
+        groups,
     }
 }
 
@@ -279,10 +270,11 @@ fn check_work(raw: raw::Work, faults: &mut Vec<String>) -> WorkConfig {
     let usual = RetryPolicy::default();
     let lease = raw.lease_s.unwrap_or(60);
     refuse(faults, lease < 3, "[work] lease_s: at least 3, since three heartbeats fit into it");
+    refuse(faults, raw.ahead == Some(0), "[work] ahead: at least 1");
     refuse(faults, raw.max_attempts == Some(0), "[work] max_attempts: at least 1");
     WorkConfig {
         lease: Duration::from_secs(lease),
-        ahead: raw.ahead.unwrap_or(1).max(1),
+        ahead: raw.ahead,
         poll: Duration::from_millis(raw.poll_ms.unwrap_or(500).max(10)),
         grace: Duration::from_secs(raw.grace_s.unwrap_or(25)),
         max_document_bytes: raw.max_document_bytes.unwrap_or(256 << 20),

@@ -4,6 +4,7 @@
 //! is in a message or in `Debug`.
 
 mod checked;
+mod groups;
 mod places;
 mod raw;
 
@@ -11,6 +12,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 pub use checked::{AmqpConfig, Config, EngineConfig, WorkConfig};
+pub use groups::GroupConfig;
 
 /// Everything that is wrong with a configuration.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

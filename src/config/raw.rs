@@ -48,6 +48,12 @@ section! {
     }
 }
 section! {
+    /// Devices that work on documents together.
+    Group {
+        name: String, gpus: Vec<usize>, cpu_threads: usize, ranks: usize, model: PathBuf, command: Vec<String>,
+    }
+}
+section! {
     /// How jobs are worked on.
     Work {
         lease_s: u64, ahead: usize, poll_ms: u64, grace_s: u64, max_document_bytes: u64, max_attempts: u32,
@@ -94,6 +100,8 @@ pub struct Raw {
     pub files: Files,
     pub results: Results,
     pub engine: Engine,
+    /// With their places in the list.
+    pub groups: Vec<(usize, Group)>,
     pub work: Work,
     pub http: Http,
     pub stores: Vec<Store>,
@@ -114,6 +122,7 @@ impl Raw {
             files: take(&mut table, "files", faults).unwrap_or_default(),
             results: take(&mut table, "results", faults).unwrap_or_default(),
             engine: take(&mut table, "engine", faults).unwrap_or_default(),
+            groups: take_groups(&mut table, faults),
             work: take(&mut table, "work", faults).unwrap_or_default(),
             http: take(&mut table, "http", faults).unwrap_or_default(),
             stores: take_list(&mut table, "store", faults),
@@ -129,8 +138,30 @@ fn take<T: DeserializeOwned>(table: &mut Table, name: &str, faults: &mut Vec<Str
     value.try_into().map_err(|error: toml::de::Error| faults.push(format!("[{name}]: {}", error.message()))).ok()
 }
 
+/// `[[pool.group]]`, which is all that `[pool]` has.
+fn take_groups(table: &mut Table, faults: &mut Vec<String>) -> Vec<(usize, Group)> {
+    let Some(pool) = table.remove("pool") else { return Vec::new() };
+    let Value::Table(mut pool) = pool else {
+        faults.push("[pool]: write [[pool.group]], there may be several".to_owned());
+        return Vec::new();
+    };
+    let groups = take_numbered(&mut pool, "group", "pool.group", faults);
+    faults.extend(pool.keys().map(|key| format!("[pool] {key}: unknown; a pool has [[pool.group]] alone")));
+    groups
+}
+
 fn take_list<T: DeserializeOwned>(table: &mut Table, name: &str, faults: &mut Vec<String>) -> Vec<T> {
-    let Some(value) = table.remove(name) else { return Vec::new() };
+    take_numbered(table, name, name, faults).into_iter().map(|(_, item)| item).collect()
+}
+
+/// The list under `key`, which is called `name` in words; every item with its place, from 1.
+fn take_numbered<T: DeserializeOwned>(
+    table: &mut Table,
+    key: &str,
+    name: &str,
+    faults: &mut Vec<String>,
+) -> Vec<(usize, T)> {
+    let Some(value) = table.remove(key) else { return Vec::new() };
     let Value::Array(items) = value else {
         faults.push(format!("[{name}]: write [[{name}]], there may be several"));
         return Vec::new();
@@ -138,7 +169,7 @@ fn take_list<T: DeserializeOwned>(table: &mut Table, name: &str, faults: &mut Ve
     let mut list = Vec::with_capacity(items.len());
     for (index, item) in items.into_iter().enumerate() {
         match item.try_into() {
-            Ok(item) => list.push(item),
+            Ok(item) => list.push((index + 1, item)),
             Err(error) => faults.push(format!("[[{name}]] {}: {}", index + 1, error.message())),
         }
     }

@@ -41,6 +41,38 @@ fn the_environment_goes_before_the_file_and_no_secret_is_shown() {
 }
 
 #[test]
+fn groups_have_devices_of_their_own() {
+    let base = "[database]\nurl = \"sqlite:x.db\"\n[amqp]\nurl = \"amqp://mq/\"\n";
+    let parse = |text: &str| Config::parse(&format!("{base}{text}"), &environment(&[]));
+    let one = parse("[engine]\nbackend = \"cuda\"\nranks = 2\n").expect("the form with one engine").engine.groups;
+    assert_eq!((one.len(), one[0].ranks, one[0].devices().as_str()), (1, 2, "cuda, 2 ranks"));
+    let groups = "[[pool.group]]\ngpus = [0, 1, 2, 3]\nname = \"long\"\n[[pool.group]]\ngpus = [4]\n\
+        [[pool.group]]\ncpu_threads = 8\nranks = 2\n";
+    let groups = parse(groups).expect("a pool").engine.groups;
+    let devices: Vec<(&str, String)> = groups.iter().map(|group| (group.name.as_str(), group.devices())).collect();
+    let expected = [("long", "GPU 0, 1, 2, 3, 4 ranks"), ("2", "GPU 4, 1 rank"), ("3", "cpu, 8 threads, 2 ranks")];
+    assert_eq!(devices, expected.map(|(name, devices)| (name, devices.to_owned())));
+    let wrong = "[engine]\nranks = 2\nkv_cache = \"fp8\"\n[pool]\nsize = 3\n[[pool.group]]\ngpus = [0, 0]\n\
+        [[pool.group]]\ngpus = [0]\ncpu_threads = 2\n[[pool.group]]\ngpu = 1\n[[pool.group]]\ncpu_threads = 2\nranks = 3\n\
+        [[pool.group]]\ncpu_threads = 2\nname = \"4\"\nmodel = \"/nowhere\"\n";
+    let faults = parse(wrong).expect_err("refused").to_string();
+    let all = [
+        "[engine] ranks: with [[pool.group]]",
+        "kv_cache: fp8",
+        "[pool] size",
+        "GPU 0 is named twice",
+        "[[pool.group]] 2: either gpus",
+        "[[pool.group]] 3: ",
+        "[[pool.group]] 4 ranks: 1 to 2",
+        "two have the name 4",
+        "/nowhere has no config.json",
+    ];
+    for named in all {
+        assert!(faults.contains(named), "{named} is not in:\n{faults}");
+    }
+}
+
+#[test]
 fn drop_folders_have_profiles_and_feed_no_one_twice() {
     let base = "[database]\nurl = \"sqlite:x.db\"\n[files]\nfolders = [\"/d\"]\n\
         [[store]]\nalias = \"main\"\nanonymous = true\nallowed = [\"b\"]\n";

@@ -16,7 +16,12 @@ pub enum MediaType {
     Markdown,
     /// `text/html`
     Html,
+    /// A Word document.
+    Docx,
 }
+
+/// What a Word document is called in a `Content-Type`.
+const DOCX: &str = "application/vnd.openxmlformats-officedocument.wordprocessingml.document";
 
 impl MediaType {
     /// The name as in a `Content-Type`.
@@ -25,6 +30,7 @@ impl MediaType {
             Self::Text => "text/plain",
             Self::Markdown => "text/markdown",
             Self::Html => "text/html",
+            Self::Docx => DOCX,
         }
     }
 }
@@ -44,6 +50,7 @@ pub const EXTENSIONS: &[(&str, MediaType)] = &[
     ("html", MediaType::Html),
     ("htm", MediaType::Html),
     ("xhtml", MediaType::Html),
+    ("docx", MediaType::Docx),
 ];
 
 /// Kinds of file that are often taken for documents and cannot be read here, by their first bytes.
@@ -51,8 +58,8 @@ const OTHERS: &[(&[u8], &str)] = &[
     (b"%PDF-", "a PDF document"),
     (b"%!PS", "a PostScript document"),
     (b"{\\rtf", "an RTF document"),
-    (b"PK\x03\x04", "a ZIP archive or an office document"),
-    (b"\xD0\xCF\x11\xE0\xA1\xB1\x1A\xE1", "an old office document"),
+    (b"PK\x03\x04", "a ZIP archive or an office document other than DOCX"),
+    (b"\xD0\xCF\x11\xE0\xA1\xB1\x1A\xE1", "an old or an encrypted office document"),
     (b"\x1F\x8B", "gzip data"),
     (b"BZh", "bzip2 data"),
     (b"\xFD7zXZ\0", "xz data"),
@@ -79,6 +86,7 @@ pub fn by_name(content_type: &str) -> Result<Option<MediaType>, &str> {
         "text/plain" => Ok(Some(MediaType::Text)),
         "text/markdown" | "text/x-markdown" => Ok(Some(MediaType::Markdown)),
         "text/html" | "application/xhtml+xml" => Ok(Some(MediaType::Html)),
+        DOCX => Ok(Some(MediaType::Docx)),
         _ => Err(name),
     }
 }

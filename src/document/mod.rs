@@ -2,11 +2,13 @@
 //!
 //! Invariant: everything is bounded: bytes read, nesting followed, time spent; a bad document gives an error, never a panic.
 
+mod docx;
 pub mod encoding;
 pub mod fetch;
 pub mod html;
 pub mod media;
 mod text;
+mod writer;
 
 pub use media::MediaType;
 pub use text::Text;
@@ -21,10 +23,10 @@ pub enum DecodeError {
     #[error("not UTF-8 text, nor text in another encoding: {found}")]
     NotText { found: String },
     /// A kind of document that is not supported.
-    #[error("{found} cannot be read; convert it to text, Markdown or HTML first")]
+    #[error("{found} cannot be read; convert it to text, Markdown, HTML or DOCX first")]
     Unsupported { found: String },
-    /// Markup that goes beyond what is bearable.
-    #[error("the markup is malformed: {reason}")]
+    /// Damaged, or beyond what is bearable.
+    #[error("the document is malformed: {reason}")]
     Malformed { reason: String },
 }
 
@@ -46,6 +48,12 @@ pub fn decode(bytes: &[u8], name: &str, content_type: Option<&str>) -> Result<De
     if bytes.is_empty() {
         return Err(DecodeError::Empty { bytes: 0 });
     }
+    if let Some(text) = docx::to_text(bytes)? {
+        return match text.as_str().trim().is_empty() {
+            true => Err(DecodeError::Empty { bytes: bytes.len() }),
+            false => Ok(Decoded { text, media_type: MediaType::Docx, encoding: "UTF-8", replaced: 0 }),
+        };
+    }
     if let Some(found) = media::unreadable(bytes) {
         return Err(DecodeError::Unsupported { found: found.to_owned() });
     }
@@ -55,8 +63,10 @@ pub fn decode(bytes: &[u8], name: &str, content_type: Option<&str>) -> Result<De
     let encoding::Decoded { text, encoding, replaced } = encoding::decode(bytes, charset)?;
     let media_type = match named.or_else(|| media::by_extension(name)) {
         Some(MediaType::Html) if !text.as_str().contains('<') => MediaType::Text,
-        Some(MediaType::Text) | None if media::begins_like_html(text.as_str()) => MediaType::Html,
-        known => known.unwrap_or(MediaType::Text),
+        Some(MediaType::Text | MediaType::Docx) | None if media::begins_like_html(text.as_str()) => MediaType::Html,
+        // Whatever its name says: it is text.
+        Some(MediaType::Docx) | None => MediaType::Text,
+        Some(known) => known,
     };
     let text = if media_type == MediaType::Html { html::to_text(&text)? } else { text };
     if text.as_str().trim().is_empty() {

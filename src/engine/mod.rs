@@ -40,6 +40,7 @@ pub use service::{MAX_HOSTS, ModelEngine};
 
 use serde::{Deserialize, Serialize};
 
+use crate::cost::ModelShape;
 use crate::generate::{GenerationOptions, StopReason};
 use crate::plan::{AttentionRequest, PrefillPlan};
 
@@ -82,6 +83,8 @@ pub struct InferOutcome {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "stage")]
 pub enum Progress {
+    /// It waits for its turn; nothing is begun.
+    Waiting,
     /// Layers of the context done.
     Prefill { layers_done: usize, layers: usize },
     /// Tokens generated.
@@ -104,6 +107,27 @@ pub struct EngineInfo {
     pub concurrency: usize,
     /// Name of the device or devices.
     pub device: String,
+    /// The model's sizes, from which times can be predicted; absent where nobody says.
+    #[serde(default)]
+    pub shape: Option<ModelShape>,
+}
+
+/// Memory beside the weights, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Demand {
+    /// What a request keeps until its end.
+    pub kept_bytes: u64,
+    /// What its prefill needs besides; of requests that share an engine one at a time does.
+    pub transient_bytes: u64,
+    /// What all requests together may need.
+    pub available_bytes: u64,
+}
+
+impl Demand {
+    /// What the request needs alone.
+    pub fn needed_bytes(&self) -> u64 {
+        self.kept_bytes.saturating_add(self.transient_bytes)
+    }
 }
 
 fn one() -> usize {
@@ -135,8 +159,8 @@ pub enum EngineError {
     /// The engine's process ended under the request.
     #[error("the engine's process ended: {reason}")]
     Crashed { reason: String },
-    /// The engine made no progress within its budget, and was killed.
-    #[error("the engine made no progress for {seconds} s and was killed")]
+    /// The engine made no progress with it within its budget, and was killed if it did not stop.
+    #[error("the engine made no progress with it for {seconds} s")]
     Hung { seconds: u64 },
     /// No engine is there at the moment; nothing was tried.
     #[error("no engine is ready: {reason}")]
@@ -162,6 +186,10 @@ pub trait Engine: Send + Sync {
         query_at: usize,
         request: &AttentionRequest,
     ) -> Result<PrefillPlan, EngineError>;
+    /// The memory that a plan with so many generated tokens needs; absent where nobody counts.
+    fn demand(&self, _plan: &PrefillPlan, _new_tokens: usize) -> Option<Demand> {
+        None
+    }
     /// Runs one request to its end.
     fn infer(&self, request: &InferRequest, observer: Observer<'_>) -> Result<InferOutcome, EngineError>;
 }

@@ -5,6 +5,7 @@
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use crate::cost::ModelShape;
 use crate::generate::constraint::ConstraintError;
 use crate::generate::generator::{GenerateError, Generator, Step};
 use crate::generate::sampler::Choice;
@@ -18,7 +19,7 @@ use super::devices::{Devices, Memory};
 use super::group::{Door, Group, Model};
 use super::ranks;
 use super::schedule::{Limits, Needs};
-use super::{Engine, EngineError, EngineInfo, InferOutcome, InferRequest, Observer, Progress};
+use super::{Demand, Engine, EngineError, EngineInfo, InferOutcome, InferRequest, Observer, Progress};
 
 /// Hosts at most in one plan: decode keeps a partial result for each.
 pub const MAX_HOSTS: usize = 256;
@@ -147,6 +148,26 @@ impl<D: Devices> ModelEngine<D> {
         }
     }
 
+    /// The model's sizes as its devices keep it.
+    fn shape(&self) -> ModelShape {
+        let (spec, footprint) = (self.spec(), self.model.footprint());
+        let heads = self.devices().weights(0).retaining_heads.as_ref().and_then(|heads| heads.first());
+        ModelShape {
+            layers: footprint.layers,
+            hidden: footprint.hidden,
+            intermediate: footprint.intermediate,
+            heads: footprint.heads,
+            kv_heads: footprint.kv_heads,
+            head_dim: footprint.head_dim,
+            vocab: spec.vocab,
+            tied_embeddings: spec.tied_embeddings,
+            head_width: heads.map_or(0, |head| head.width),
+            element_bytes: footprint.element_bytes,
+            kept_row_bytes: footprint.kept_row_bytes,
+            scratch_bytes: footprint.scratch_bytes,
+        }
+    }
+
     /// Whether the weights hold retaining heads.
     pub fn has_retaining_heads(&self) -> bool {
         self.devices().weights(0).retaining_heads.is_some()
@@ -162,7 +183,18 @@ impl<D: Devices> Engine for ModelEngine<D> {
             has_retaining_heads: self.has_retaining_heads(),
             concurrency: self.devices().concurrency(),
             device: self.devices().name(),
+            shape: Some(self.shape()),
         }
+    }
+
+    fn demand(&self, plan: &PrefillPlan, new_tokens: usize) -> Option<Demand> {
+        let needs = self.needs(plan, new_tokens);
+        let used = self.group.lock().unwrap_or_else(PoisonError::into_inner).as_ref().map_or(0, Group::used_bytes);
+        Some(Demand {
+            kept_bytes: needs.kept_bytes,
+            transient_bytes: needs.transient_bytes,
+            available_bytes: self.model.memory(used).saturating_sub(self.model.fixed_bytes(&self.limits())),
+        })
     }
 
     fn plan(

@@ -119,6 +119,7 @@ fn retaining_heads<B: Backend>(
         let name = |part: &str| format!("{prefix}layers.{layer}.self_attn.{part}.weight");
         let width = tensors.shape(&name("fc1"))?.first().copied().unwrap_or(0);
         Ok(RetainingHead {
+            width,
             w1: loader.matrix(&name("fc1"), width, spec.shape.qkv_width())?,
             w2: loader.matrix(&name("fc2"), spec.shape.kv_heads, width)?,
         })

@@ -29,7 +29,7 @@ impl<B: Backend> Weights<B> {
         let layers = (0..spec.layers).map(|_| source.layer::<B>(spec)).collect::<Result<_, _>>()?;
         let heads = (0..spec.layers).map(|_| {
             let w1 = source.linear(head_width, spec.shape.qkv_width())?;
-            Ok(RetainingHead { w1, w2: source.linear(spec.shape.kv_heads, head_width)? })
+            Ok(RetainingHead { width: head_width, w1, w2: source.linear(spec.shape.kv_heads, head_width)? })
         });
         let retaining_heads = if head_width > 0 { Some(heads.collect::<Result<_, BackendError>>()?) } else { None };
         let head = if spec.tied_embeddings { None } else { Some(source.linear(spec.vocab, spec.hidden)?) };

@@ -40,6 +40,8 @@ pub struct LayerWeights<B: Backend> {
 
 /// The retaining head of one layer: scores `w2 · silu(w1 · qkv)` before RoPE.
 pub struct RetainingHead<B: Backend> {
+    /// Hidden units.
+    pub width: usize,
     /// `[width, (heads + 2 kv_heads) * head_dim]`.
     pub w1: B::Weight,
     /// `[kv_heads, width]`.

@@ -27,7 +27,7 @@ pub enum Event<'a> {
     StoreUnavailable { operation: &'static str, reason: &'a str },
 }
 
-/// Listens. Called from the pipeline's tasks and the engine's thread: must be quick and must not block.
+/// Listens. Called from the pipeline's tasks and the engine's threads: must be quick and must not block.
 pub trait EventSink: Send + Sync {
     /// Takes an event.
     fn event(&self, event: Event<'_>);

@@ -1,21 +1,26 @@
 //! Signs of life for all held jobs, and what they bring back: cancels, lost leases. Sweeps up after dead workers on the way.
 //!
+//! Between two beats it is asked what was cancelled, so that a cancel reaches a running job soon, however long the lease is.
+//!
 //! Invariant: three beats fit into a lease, so that one lost beat loses no job. Nobody sweeps before the store has answered for a whole
 //! lease: after an outage every lease has run out, and those who live renew theirs first.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tracing::warn;
+use tracing::{debug, warn};
 
 use super::Pipeline;
 use super::events::Event;
 use super::work::{Held, Interrupt};
-use crate::store::{Beat, LeaseState, StoreError};
+use crate::store::{Beat, Lease, LeaseState, StoreError};
 
 /// Beats in a row that were answered in time before a sweep.
 const SWEEP_AFTER: u32 = 3;
+/// How often it is asked what was cancelled: a person who cancels should not wait, and the engine stops within a layer or a token.
+const CANCELS_EVERY: Duration = Duration::from_millis(500);
 
 impl Pipeline {
     /// Beats until `over`.
@@ -25,7 +30,7 @@ impl Pipeline {
         loop {
             tokio::select! {
                 () = over.cancelled() => return,
-                () = tokio::time::sleep(interval) => {}
+                () = self.hear_cancels(Instant::now() + interval) => {}
             }
             let asked = Instant::now();
             // A store that does not answer now may do so before the leases have run out.
@@ -40,6 +45,30 @@ impl Pipeline {
                     Ok(swept) => self.parts.events.event(Event::Swept { swept }),
                     Err(error) => warn!(error.kind = "sweep", error.message = %error, "expired leases not swept"),
                 }
+            }
+        }
+    }
+
+    /// Passes cancels on until the next beat. A store that does not answer must not delay that.
+    async fn hear_cancels(&self, next_beat: Instant) {
+        loop {
+            tokio::time::sleep_until(next_beat.min(Instant::now() + CANCELS_EVERY)).await;
+            if Instant::now() >= next_beat {
+                return;
+            }
+            let held = self.held.all();
+            if held.is_empty() {
+                continue;
+            }
+            let leases: Vec<Lease> = held.iter().map(|held| held.lease).collect();
+            match tokio::time::timeout_at(next_beat, self.parts.store.cancels(&leases)).await {
+                Ok(Ok(cancelled)) => {
+                    let called_off = held.iter().filter(|held| cancelled.contains(&held.lease));
+                    called_off.for_each(|held| held.interrupt(Interrupt::Cancelled));
+                }
+                // The beats say so loudly enough.
+                Ok(Err(error)) => debug!(error.message = %error, "cancels could not be looked for"),
+                Err(_) => return,
             }
         }
     }

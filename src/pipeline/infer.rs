@@ -1,12 +1,13 @@
-//! The second hand: the one thread that calls the engine, which blocks it for as long as an inference takes.
+//! The second hand: the threads that call the engine, which blocks each of them for as long as an inference takes.
 //!
-//! Invariant: a panic of the engine costs the job that met it, not the thread.
+//! Invariant: as many threads as the engine takes requests at a time; a panic of the engine costs the job that met it, not the thread.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
@@ -38,36 +39,68 @@ pub(super) struct Ended {
     pub result: Result<InferOutcome, JobError>,
 }
 
-/// Starts the thread. It ends when `requests` is closed and empty.
-pub(super) fn spawn(
+/// What the engine's threads share.
+struct Desk {
     parts: Parts,
-    mut requests: mpsc::Receiver<Ready>,
+    requests: Mutex<mpsc::Receiver<Ready>>,
     ended: mpsc::Sender<Ended>,
     shutdown: Shutdown,
-) -> io::Result<JoinHandle<()>> {
-    thread::Builder::new().name("apbd-engine".to_owned()).spawn(move || {
-        while let Some(Ready { mut work, request, since }) = requests.blocking_recv() {
+}
+
+/// Starts so many threads. They end when `requests` is closed and empty.
+pub(super) fn spawn(
+    at_once: usize,
+    parts: Parts,
+    requests: mpsc::Receiver<Ready>,
+    ended: mpsc::Sender<Ended>,
+    shutdown: Shutdown,
+) -> io::Result<Vec<JoinHandle<()>>> {
+    let desk = Arc::new(Desk { parts, requests: Mutex::new(requests), ended, shutdown });
+    let start = |number| {
+        let desk = desk.clone();
+        thread::Builder::new().name(format!("apbd-engine-{number}")).spawn(move || desk.infer_all())
+    };
+    (0..at_once).map(start).collect()
+}
+
+impl Desk {
+    fn infer_all(&self) {
+        loop {
+            // Held while there is nothing to do; never while something is done.
+            let next = self.requests.lock().unwrap_or_else(PoisonError::into_inner).blocking_recv();
+            let Some(Ready { mut work, request, since }) = next else { return };
             // Waiting for the engine is waiting, as before the claim.
             work.spent(Stage::Queue, since.elapsed());
-            if shutdown.phase() != Phase::Working {
+            if self.shutdown.phase() != Phase::Working {
                 work.held.interrupt(Interrupt::Shutdown);
             }
             failpoint::reach("engine.asked");
-            let result = work.check().and_then(|()| infer(&parts, &mut work, &request));
+            let result = work.check().and_then(|()| infer(&self.parts, &self.shutdown, &mut work, &request));
             failpoint::reach("engine.answered");
-            if ended.blocking_send(Ended { work, result }).is_err() {
+            if self.ended.blocking_send(Ended { work, result }).is_err() {
                 return;
             }
         }
-    })
+    }
 }
 
-fn infer(parts: &Parts, work: &mut Work, request: &InferRequest) -> Result<InferOutcome, JobError> {
-    let began = Instant::now();
+fn infer(
+    parts: &Parts,
+    shutdown: &Shutdown,
+    work: &mut Work,
+    request: &InferRequest,
+) -> Result<InferOutcome, JobError> {
+    let asked = Instant::now();
+    let begun = Mutex::new(None);
     let called = {
-        let observer = observer(&parts.events, work);
+        let observer = observer(&parts.events, shutdown, work, &begun);
         catch_unwind(AssertUnwindSafe(|| parts.engine.infer(request, &observer)))
     };
+    let spent = asked.elapsed();
+    // An engine that tells of no wait has begun at once.
+    let begun = begun.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let waited = begun.map_or(Duration::ZERO, |begun: Instant| begun - asked);
+    work.spent(Stage::Queue, waited);
     match called {
         Ok(Ok(outcome)) => {
             work.spent(Stage::Prefill, outcome.prefill);
@@ -76,24 +109,40 @@ fn infer(parts: &Parts, work: &mut Work, request: &InferRequest) -> Result<Infer
         }
         Ok(Err(error)) => {
             // How far it came is not known: all of it counts as prefill.
-            work.spent(Stage::Prefill, began.elapsed());
+            work.spent(Stage::Prefill, spent - waited);
             Err(job_error(&error, work))
         }
         Err(_) => {
-            work.spent(Stage::Prefill, began.elapsed());
+            work.spent(Stage::Prefill, spent - waited);
             Err(JobError::new(ErrorCode::Internal, "the engine panicked; its message is in the log"))
         }
     }
 }
 
-/// Tells of the progress and says whether to go on.
-fn observer<'a>(events: &'a Arc<dyn EventSink>, work: &'a Work) -> impl Fn(Progress) -> bool + Sync + 'a {
+/// Tells of the progress and says whether to go on. What still waits at the drain is not begun any more.
+fn observer<'a>(
+    events: &'a Arc<dyn EventSink>,
+    shutdown: &'a Shutdown,
+    work: &'a Work,
+    begun: &'a Mutex<Option<Instant>>,
+) -> impl Fn(Progress) -> bool + Sync + 'a {
     let (job, held) = (work.claim.job.id, work.held.clone());
+    let waits = AtomicBool::new(false);
     move |progress| {
         let (stage, done, total) = match progress {
+            Progress::Waiting => {
+                waits.store(true, Ordering::Relaxed);
+                if shutdown.phase() != Phase::Working {
+                    held.interrupt(Interrupt::Shutdown);
+                }
+                (Stage::Queue, 0, 0)
+            }
             Progress::Prefill { layers_done, layers } => (Stage::Prefill, layers_done, layers),
             Progress::Generate { tokens, at_most } => (Stage::Generate, tokens, at_most),
         };
+        if stage != Stage::Queue && waits.swap(false, Ordering::Relaxed) {
+            *begun.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+        }
         failpoint::reach("engine.progressed");
         held.progressed(JobProgress { stage, done: done as u64, total: total as u64 });
         events.event(Event::Progressed { job, progress });

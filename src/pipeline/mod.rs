@@ -2,7 +2,7 @@
 //! which differ in what is plugged in.
 //!
 //! Three hands pass a [`Work`](work::Work) on, and a channel between two of them bounds what waits: [`claim`] takes a job, reads its
-//! documents and makes the prompt; [`infer`] is the one thread that calls the engine; [`record`] writes what came of it.
+//! documents and makes the prompt; [`infer`] are the threads that call the engine; [`record`] writes what came of it.
 //! [`heartbeat`] keeps the leases of everything that is in one of these hands.
 //!
 //! Invariant: every job that was claimed is recorded or handed back before [`Pipeline::run`] returns, unless its lease was
@@ -23,6 +23,7 @@ mod work;
 
 use std::io;
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
@@ -38,6 +39,9 @@ use crate::store::{Store, StoreError};
 use events::EventSink;
 use shutdown::Shutdown;
 use work::{Holder, Interrupt};
+
+/// Requests at a time, whatever an engine says of itself: each has a thread.
+const AT_ONCE: usize = 1024;
 
 /// What is plugged in.
 #[derive(Clone)]
@@ -61,7 +65,7 @@ pub struct Settings {
     pub worker: WorkerId,
     /// How long a job stays this worker's without a heartbeat; three fit into it.
     pub lease: Duration,
-    /// Jobs prepared ahead while the engine works, at least 1.
+    /// Jobs prepared ahead, beyond those in the engine; at least 1.
     pub ahead: usize,
     /// How long to wait before the store is asked again when it had no job.
     pub poll: Duration,
@@ -85,11 +89,11 @@ pub enum PipelineError {
     /// The store refused what it must not refuse.
     #[error(transparent)]
     Store(#[from] StoreError),
-    /// The engine's thread could not be started.
-    #[error("could not start the engine's thread: {0}")]
+    /// A thread for the engine could not be started.
+    #[error("could not start a thread for the engine: {0}")]
     Thread(#[from] io::Error),
-    /// The engine's thread ended under the pipeline.
-    #[error("the engine's thread ended")]
+    /// The threads of the engine ended under the pipeline.
+    #[error("the engine's threads ended")]
     EngineGone,
 }
 
@@ -111,9 +115,10 @@ impl Pipeline {
     /// Works until all jobs of `settings.only` have ended, or `shutdown` says to drain.
     pub async fn run(self, shutdown: Shutdown) -> Result<(), PipelineError> {
         let pipeline = Arc::new(self);
-        let (ready, requests) = mpsc::channel(pipeline.settings.ahead.max(1));
-        let (ended, results) = mpsc::channel(pipeline.settings.ahead.max(1));
-        let engine = infer::spawn(pipeline.parts.clone(), requests, ended.clone(), shutdown.clone())?;
+        let (ahead, at_once) = (pipeline.settings.ahead.max(1), pipeline.at_once());
+        let (ready, requests) = mpsc::channel(ahead);
+        let (ended, results) = mpsc::channel(ahead + at_once);
+        let engine = infer::spawn(at_once, pipeline.parts.clone(), requests, ended.clone(), shutdown.clone())?;
         let over = CancellationToken::new();
         let heart = tokio::spawn(pipeline.clone().beat(over.clone()));
         let drain = tokio::spawn(pipeline.clone().interrupt_after_grace(shutdown.clone(), over.clone()));
@@ -126,13 +131,19 @@ impl Pipeline {
         over.cancel();
         // Both tasks end at `over`; a panic in one of them has been printed by its own thread.
         let _ = tokio::join!(heart, drain);
-        let engine_ended = tokio::task::spawn_blocking(move || engine.join()).await;
+        let join = move || engine.into_iter().map(thread::JoinHandle::join).filter(Result::is_err).count();
+        let engine_ended = tokio::task::spawn_blocking(join).await;
         // Where the recorder gave up, the claims end for want of a taker: its reason is the reason.
         recorded.and(claimed)?;
         match engine_ended {
-            Ok(Ok(())) => Ok(()),
+            Ok(0) => Ok(()),
             _ => Err(PipelineError::EngineGone),
         }
+    }
+
+    /// Requests that the engine takes at a time.
+    fn at_once(&self) -> usize {
+        self.parts.engine.info().concurrency.clamp(1, AT_ONCE)
     }
 
     /// After the first signal, gives what is in the engine its grace and then calls it off.

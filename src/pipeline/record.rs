@@ -21,7 +21,7 @@ use crate::failpoint;
 use crate::job::{JobError, Stage};
 use crate::store::{AttemptReport, Ending};
 
-/// Attempts written at the same time, so that short jobs share the flushes of the database's log; never more than are prepared ahead.
+/// Attempts written at the same time, so that short jobs share the flushes of the database's log; never more than there can be.
 const RECORDED_AT_ONCE: usize = 8;
 
 impl Pipeline {
@@ -31,7 +31,7 @@ impl Pipeline {
         mut results: mpsc::Receiver<Ended>,
         shutdown: Shutdown,
     ) -> Result<(), PipelineError> {
-        let at_once = self.settings.ahead.clamp(1, RECORDED_AT_ONCE);
+        let at_once = (self.settings.ahead.max(self.at_once())).clamp(1, RECORDED_AT_ONCE);
         let (mut writing, mut failed, mut more) = (FuturesUnordered::new(), None, true);
         loop {
             tokio::select! {

@@ -1,9 +1,10 @@
 //! The pipeline over a real store and real files, with an engine that does as the document's text says.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
 use std::thread::sleep;
 use std::time::Duration;
 
@@ -34,6 +35,9 @@ fn fixture_model() -> std::path::PathBuf {
 struct Scripted {
     tokenizer: Tokenizer,
     calls: AtomicUsize,
+    concurrency: usize,
+    /// Calls that wait for as many as there can be.
+    together: (Mutex<usize>, Condvar),
 }
 
 impl Engine for Scripted {
@@ -43,8 +47,9 @@ impl Engine for Scripted {
             model_digest: "none".to_owned(),
             max_tokens: 4096,
             has_retaining_heads: false,
-            concurrency: 1,
+            concurrency: self.concurrency,
             device: "none".to_owned(),
+            shape: None,
         }
     }
 
@@ -75,6 +80,21 @@ impl Engine for Scripted {
                     sleep(Duration::from_millis(1));
                 }
             }
+            Some("together") => {
+                let (count, changed) = &self.together;
+                let mut count = count.lock().expect("no panic");
+                *count += 1;
+                changed.notify_all();
+                let alone = |count: &mut usize| *count < self.concurrency;
+                let waited = changed.wait_timeout_while(count, Duration::from_secs(60), alone).expect("no panic");
+                assert!(!waited.1.timed_out(), "fewer than {} at a time", self.concurrency);
+            }
+            Some("queue") => {
+                while observer(Progress::Waiting) {
+                    sleep(Duration::from_millis(1));
+                }
+                return Err(EngineError::Cancelled);
+            }
             _ => {}
         }
         let plan = self.plan(request.context.len(), request.query.len(), request.query_at, &request.attention)?;
@@ -103,11 +123,17 @@ struct Bench {
 
 impl Bench {
     async fn new() -> Self {
+        Self::with_concurrency(1).await
+    }
+
+    async fn with_concurrency(concurrency: usize) -> Self {
         let folder = TempDir::new().expect("a temporary directory");
         let url = StoreUrl::Sqlite(folder.path().join("test.db"));
         let store = store::open(&url, Access::Worker, RetryPolicy::local()).await.expect("opens");
         let tokenizer = Tokenizer::load(&fixture_model()).expect("the fixture model");
-        Self { folder, store, engine: Arc::new(Scripted { tokenizer, calls: AtomicUsize::new(0) }), jobs: Vec::new() }
+        let together = (Mutex::new(0), Condvar::new());
+        let engine = Scripted { tokenizer, calls: AtomicUsize::new(0), concurrency, together };
+        Self { folder, store, engine: Arc::new(engine), jobs: Vec::new() }
     }
 
     /// A job over a document with this text.
@@ -129,7 +155,7 @@ impl Bench {
         id
     }
 
-    fn pipeline(&self) -> Pipeline {
+    fn pipeline(&self, grace: Duration) -> Pipeline {
         let tokenizer = Tokenizer::load(&fixture_model()).expect("the fixture model");
         let frame = ChatFrame::load(&fixture_model()).expect("the fixture model");
         let parts = Parts {
@@ -151,7 +177,7 @@ impl Bench {
             claim_at_most_bytes: None,
             documents_at_most_bytes: 1 << 20,
             retry,
-            grace: Duration::from_millis(50),
+            grace,
         };
         Pipeline::new(parts, settings)
     }
@@ -162,7 +188,11 @@ impl Bench {
     }
 
     async fn run_until(&self, shutdown: Shutdown) {
-        self.pipeline().run(shutdown).await.expect("the store and the engine's thread are there");
+        self.run_until_with_grace(shutdown, Duration::from_millis(50)).await;
+    }
+
+    async fn run_until_with_grace(&self, shutdown: Shutdown, grace: Duration) {
+        self.pipeline(grace).run(shutdown).await.expect("the store and the engine's thread are there");
     }
 
     async fn detail(&self, job: JobId) -> JobDetail {
@@ -264,6 +294,51 @@ async fn a_drain_hands_back_what_is_unfinished_and_spends_no_attempt() {
     for job in [lingering, waiting] {
         let detail = bench.detail(job).await;
         assert_eq!((detail.summary.state, detail.failures.suspect, detail.failures.infra), (JobState::Queued, 0, 0));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn as_many_are_in_the_engine_as_it_takes_and_each_is_its_own_job() {
+    let mut bench = Bench::with_concurrency(3).await;
+    let mut jobs = Vec::new();
+    for i in 0..3 {
+        jobs.push(bench.add(&format!("together {i}")).await);
+    }
+    bench.run().await;
+    let mut texts = BTreeSet::new();
+    for job in jobs {
+        let detail = bench.detail(job).await;
+        assert_eq!((detail.summary.state, detail.attempts.len()), (JobState::Succeeded, 1));
+        texts.insert(detail.result.expect("a result").text);
+    }
+    assert_eq!(texts, (0..3).map(|i| format!("read: together {i}")).collect());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_waits_within_the_engine_is_handed_back_when_the_drain_begins() {
+    let mut bench = Bench::with_concurrency(2).await;
+    let (lingers, waits) = (bench.add("linger").await, bench.add("queue").await);
+    let (handle, shutdown) = shutdown::channel();
+    let (engine, store) = (bench.engine.clone(), bench.store.clone());
+    let stop = tokio::spawn(async move {
+        while engine.calls.load(Ordering::SeqCst) < 2 {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        handle.advance();
+        // One that only waits has no grace; the other has.
+        let queued =
+            async |job| store.show(job).await.expect("shown").expect("there").summary.state == JobState::Queued;
+        while !queued(waits).await {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        (handle, queued(lingers).await)
+    });
+    bench.run_until_with_grace(shutdown, Duration::from_secs(3)).await;
+    let (_handle, both) = stop.await.expect("joined");
+    assert!(!both, "what was begun goes on for its grace");
+    for job in [lingers, waits] {
+        let detail = bench.detail(job).await;
+        assert_eq!((detail.summary.state, detail.failures.suspect), (JobState::Queued, 0));
     }
 }
 

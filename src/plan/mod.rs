@@ -6,6 +6,7 @@
 mod execution;
 mod layout;
 mod memory;
+pub mod route;
 mod settings;
 mod split;
 #[cfg(test)]
@@ -18,6 +19,7 @@ pub use execution::{Execution, PassingType, Placement};
 pub use layout::{RankLayout, Run};
 pub use memory::{Footprint, QUERY_CHUNK};
 use serde::{Deserialize, Serialize};
+pub use settings::{HOSTS, passing as passing_for};
 
 /// Attention strategy of a prefill.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]

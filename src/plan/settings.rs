@@ -5,8 +5,8 @@
 
 use super::AttentionMode;
 
-/// Hosts of a plan whose request names none.
-pub(super) const HOSTS: usize = 8;
+/// Hosts of a plan whose request names none, and of the paper's table.
+pub const HOSTS: usize = 8;
 
 /// Below this many tokens exact attention costs little, and is what `auto` picks.
 const FULL_BELOW: usize = 8 * 1024;
@@ -24,7 +24,7 @@ pub(super) fn anchor(n: usize) -> usize {
 }
 
 /// Passing length of the paper's table, between its rows in proportion to `n`.
-pub(super) fn passing(n: usize) -> usize {
+pub fn passing(n: usize) -> usize {
     n.div_ceil(64).min(LONGEST)
 }
 

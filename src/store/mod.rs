@@ -8,6 +8,7 @@
 //! Invariant: all SQL is below this module; a method that returned `Ok` has committed, one that returned `Err` has changed
 //! nothing or (connection lost in commit) can be repeated as it is.
 
+pub mod costs;
 pub mod drops;
 pub mod error;
 mod event;
@@ -25,6 +26,7 @@ use async_trait::async_trait;
 use crate::job::retry::RetryPolicy;
 use crate::job::{JobId, WorkerId};
 
+pub use costs::CostStore;
 pub use drops::{DropFate, DropFile, DropMark, DropSighting, DropStore, EndedFile, ReadyFiles};
 pub use error::StoreError;
 pub use exports::{Export, ExportStore};
@@ -53,7 +55,7 @@ pub async fn open(url: &StoreUrl, access: Access, retry: RetryPolicy) -> Result<
 
 /// The durable state of all jobs. Methods are not cancel-safe: run them to their end.
 #[async_trait]
-pub trait Store: DropStore + ExportStore {
+pub trait Store: DropStore + ExportStore + CostStore {
     /// Takes jobs in, all in one transaction; one answer a job, in order. Repeating it is a no-op.
     async fn enqueue(&self, jobs: &[NewJob]) -> Result<Vec<Enqueued>, StoreError>;
 
@@ -77,8 +79,12 @@ pub trait Store: DropStore + ExportStore {
     /// `false`: the attempt is not the job's attempt any more, and nothing was written.
     async fn finish(&self, lease: &Lease, report: &AttemptReport) -> Result<bool, StoreError>;
 
-    /// Cancels a queued job at once; asks the worker of a running one to stop (it learns by its next heartbeat).
+    /// Cancels a queued job at once; asks the worker of a running one to stop (it learns when it next asks).
     async fn cancel(&self, job: JobId) -> Result<CancelOutcome, StoreError>;
+
+    /// Those of `held` that somebody wants cancelled. Reads only, by key: cheap enough to be asked several times a second.
+    /// The one method that may be dropped before its end.
+    async fn cancels(&self, held: &[Lease]) -> Result<Vec<Lease>, StoreError>;
 
     /// Queues dead or failed jobs again with clean counters. Returns how many.
     async fn replay(&self, what: &Replay) -> Result<u64, StoreError>;

@@ -31,6 +31,11 @@ impl Breaker {
         true
     }
 
+    /// Whether it was opened, and nothing has come to its end since: then one request at a time tries.
+    pub fn is_probing(&self) -> bool {
+        self.failures >= FAILURES
+    }
+
     /// How long it is still open.
     pub fn open_for(&self, now: Instant) -> Option<Duration> {
         self.closed_at.and_then(|at| at.checked_duration_since(now)).filter(|left| !left.is_zero())
@@ -52,9 +57,11 @@ mod tests {
         assert_eq!(breaker.open_for(now), Some(OPEN_FOR.0));
         let later = now + OPEN_FOR.0;
         assert_eq!(breaker.open_for(later), None, "one try is allowed");
+        assert!(breaker.is_probing());
         assert!(breaker.failed(later));
         assert_eq!(breaker.open_for(later), Some(OPEN_FOR.0 * 2));
         breaker.succeeded();
+        assert!(!breaker.is_probing());
         assert!(!breaker.failed(later));
     }
 }

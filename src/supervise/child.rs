@@ -1,73 +1,143 @@
 //! The engine's process: asks come in and answers go out over the socket it has as its standard input.
 //!
+//! Requests run side by side, as many as the engine takes at a time, each on a thread of its own; what is more waits in the order in which it
+//! came. Plans have another thread, so that none waits behind an inference.
+//!
 //! Invariant: when the daemon is gone the process ends, whatever it was at.
 
+use std::collections::HashMap;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
 
 use super::wire::{self, Answer, Ask};
-use crate::engine::{Engine, InferRequest};
+use crate::engine::{Engine, EngineError, InferOutcome, InferRequest};
+
+/// Requests at a time, whatever an engine says of itself.
+const AT_ONCE: usize = 1024;
+
+/// A request and what its caller may want of it later.
+struct Request {
+    id: u64,
+    request: Box<InferRequest>,
+    cancelled: Arc<AtomicBool>,
+}
+
+/// What the threads of the process share.
+struct Desk {
+    engine: Arc<dyn Engine>,
+    answers: Mutex<UnixStream>,
+    /// Requests that have not ended.
+    open: Mutex<HashMap<u64, Arc<AtomicBool>>>,
+}
 
 /// Serves `open`'s engine until the daemon closes the socket.
 pub fn serve(open: impl FnOnce() -> Result<Arc<dyn Engine>, String>) -> io::Result<()> {
     let socket = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
-    let answers = Mutex::new(socket.try_clone()?);
-    let answer = |answer: &Answer| wire::write(&mut *answers.lock().unwrap_or_else(PoisonError::into_inner), answer);
+    let mut answers = socket.try_clone()?;
     let engine = match open() {
         Ok(engine) => engine,
-        Err(reason) => return answer(&Answer::Unusable { reason }),
+        Err(reason) => return wire::write(&mut answers, &Answer::Unusable { reason }),
     };
-    answer(&Answer::Ready { info: engine.info() })?;
-    let cancelled = Arc::new(AtomicBool::new(false));
-    let (asks, asked) = mpsc::channel();
-    let listener = Arc::clone(&cancelled);
-    thread::Builder::new().name("apbd-asks".to_owned()).spawn(move || listen(socket, &asks, &listener))?;
-    while let Ok(ask) = asked.recv() {
-        match ask {
-            Ask::Infer { request } => {
-                let result = infer(&*engine, &request, &cancelled, &answer);
-                answer(&Answer::Done { result: result.map(Box::new) })?;
-            }
-            Ask::Plan { context, query, query_at, attention } => {
-                let result = engine.plan(context, query, query_at, &attention);
-                answer(&Answer::Planned { result: result.map(Box::new) })?;
-            }
-            Ask::Cancel => {}
+    let info = engine.info();
+    let at_once = info.concurrency.clamp(1, AT_ONCE);
+    wire::write(&mut answers, &Answer::Ready { info })?;
+    let desk = Desk { engine, answers: Mutex::new(answers), open: Mutex::default() };
+    let (requests, waiting) = mpsc::channel();
+    let (plans, planned) = mpsc::channel();
+    let waiting = Mutex::new(waiting);
+    thread::scope(|scope| {
+        // Dropped where a thread could not be started, so that the others end.
+        let (requests, plans) = (requests, plans);
+        for number in 0..at_once {
+            let name = format!("apbd-request-{number}");
+            thread::Builder::new().name(name).spawn_scoped(scope, || desk.infer_all(&waiting))?;
         }
-    }
-    Ok(())
-}
-
-fn infer(
-    engine: &dyn Engine,
-    request: &InferRequest,
-    cancelled: &AtomicBool,
-    answer: &(impl Fn(&Answer) -> io::Result<()> + Sync),
-) -> Result<crate::engine::InferOutcome, crate::engine::EngineError> {
-    engine.infer(request, &|progress| {
-        // A daemon that is not there any more wants nothing.
-        answer(&Answer::Progress { progress }).is_ok() && !cancelled.load(Ordering::Relaxed)
+        let desk = &desk;
+        thread::Builder::new().name("apbd-plans".to_owned()).spawn_scoped(scope, move || desk.plan_all(&planned))?;
+        desk.listen(socket, &requests, &plans)
     })
 }
 
-/// Reads asks; a cancel takes effect at once, the others wait for their turn.
-fn listen(mut socket: UnixStream, asks: &mpsc::Sender<Ask>, cancelled: &AtomicBool) {
-    loop {
-        match wire::read::<Ask>(&mut socket) {
-            Ok(Some(Ask::Cancel)) => cancelled.store(true, Ordering::Relaxed),
-            Ok(Some(ask)) => {
-                cancelled.store(false, Ordering::Relaxed);
-                if asks.send(ask).is_err() {
-                    return;
+impl Desk {
+    /// Reads asks and passes them on; a cancel takes effect at once. Ends with the process.
+    fn listen(&self, mut socket: UnixStream, requests: &mpsc::Sender<Request>, plans: &mpsc::Sender<Ask>) -> ! {
+        loop {
+            match wire::read::<Ask>(&mut socket) {
+                Ok(Some(Ask::Cancel { id })) => {
+                    if let Some(cancelled) = self.open().get(&id) {
+                        cancelled.store(true, Ordering::Relaxed);
+                    }
                 }
+                Ok(Some(Ask::Infer { id, request })) => {
+                    let cancelled = Arc::new(AtomicBool::new(false));
+                    self.open().insert(id, cancelled.clone());
+                    // Its takers live as long as this thread.
+                    let _ = requests.send(Request { id, request, cancelled });
+                }
+                Ok(Some(plan @ Ask::Plan { .. })) => {
+                    let _ = plans.send(plan);
+                }
+                // The engine may be deep in a layer: nobody wants its result.
+                Ok(None) | Err(_) => process::exit(0),
             }
-            // The engine may be deep in a layer: nobody wants its result.
-            Ok(None) | Err(_) => process::exit(0),
         }
     }
+
+    /// Runs requests, one after the other.
+    fn infer_all(&self, waiting: &Mutex<mpsc::Receiver<Request>>) {
+        loop {
+            // Held while there is nothing to do; never while something is done.
+            let next = waiting.lock().unwrap_or_else(PoisonError::into_inner).recv();
+            let Ok(Request { id, request, cancelled }) = next else { return };
+            let result = self.infer(id, &request, &cancelled);
+            self.open().remove(&id);
+            self.answer(&Answer::Done { id, result: result.map(Box::new) });
+        }
+    }
+
+    fn infer(&self, id: u64, request: &InferRequest, cancelled: &AtomicBool) -> Result<InferOutcome, EngineError> {
+        if cancelled.load(Ordering::Relaxed) {
+            return Err(EngineError::Cancelled);
+        }
+        guarded(|| {
+            self.engine.infer(request, &|progress| {
+                self.answer(&Answer::Progress { id, progress });
+                !cancelled.load(Ordering::Relaxed)
+            })
+        })
+    }
+
+    fn plan_all(&self, asked: &mpsc::Receiver<Ask>) {
+        for ask in asked {
+            if let Ask::Plan { id, context, query, query_at, attention, new_tokens } = ask {
+                let result = guarded(|| self.engine.plan(context, query, query_at, &attention));
+                let demand = result.as_ref().ok().and_then(|plan| self.engine.demand(plan, new_tokens));
+                self.answer(&Answer::Planned { id, result: result.map(Box::new), demand });
+            }
+        }
+    }
+
+    fn answer(&self, answer: &Answer) {
+        let mut answers = self.answers.lock().unwrap_or_else(PoisonError::into_inner);
+        if wire::write(&mut *answers, answer).is_err() {
+            // A daemon that is not there any more wants nothing.
+            process::exit(0);
+        }
+    }
+
+    fn open(&self) -> MutexGuard<'_, HashMap<u64, Arc<AtomicBool>>> {
+        self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A panic as an error. The daemon replaces the process; of the requests in it the one that panicked is to blame.
+fn guarded<T>(call: impl FnOnce() -> Result<T, EngineError>) -> Result<T, EngineError> {
+    let panicked = || EngineError::Crashed { reason: "it panicked; its message is in the log".to_owned() };
+    catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|_| Err(panicked()))
 }

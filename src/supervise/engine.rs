@@ -1,32 +1,34 @@
-//! The engine as the pipeline sees it: a child that is started, watched and replaced.
+//! The engine as the pipeline sees it: a child that is started, watched and replaced, and that many requests share.
 //!
-//! Invariant: a request ends within its budget of silence, by an answer or by the child's death; no request meets a child that failed before. While
-//! there is no child, one is being started or waited for, whether there is work or not.
+//! Invariant: a request ends within its budget of silence, by an answer or by the child's death; no request meets a child that failed before.
+//! While there is no child, one is being started or waited for, whether there is work or not.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread;
+use std::sync::mpsc::RecvTimeoutError;
+use std::sync::{Arc, Mutex};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use tracing::{error, info, warn};
+use tracing::info;
 
-use super::breaker::Breaker;
-use super::process::{Heard, Process};
+use super::culprits::{Culprits, Fingerprint};
+use super::flights::Fate;
+use super::keeper;
+use super::process::Process;
+use super::state::{Outlook, Supervisor};
 use super::wire::{Answer, Ask};
-use crate::engine::{Engine, EngineError, EngineInfo, InferOutcome, InferRequest, Observer, Progress};
+use crate::engine::{Demand, Engine, EngineError, EngineInfo, InferOutcome, InferRequest, Observer, Progress};
 use crate::plan::{AttentionRequest, PrefillPlan};
 use crate::telemetry::health::Component;
-use crate::telemetry::metrics;
 
-/// How often a running request is asked whether its caller still wants it.
+/// How often a request is asked whether its caller still wants it, and its child whether it lives.
 const TICK: Duration = Duration::from_millis(100);
-
-/// Pause between two tries to start a child, while the breaker allows them.
-const START_PAUSE: Duration = Duration::from_secs(1);
 
 /// How the child is run and watched.
 #[derive(Debug, Clone)]
 pub struct EngineOptions {
+    /// Its name in logs and metrics.
+    pub group: String,
     /// Program and arguments.
     pub program: Vec<String>,
     /// Time to load the model.
@@ -38,194 +40,301 @@ pub struct EngineOptions {
 }
 
 /// The engine behind its process.
-pub struct SupervisedEngine(Arc<Supervisor>);
-
-struct Supervisor {
-    options: EngineOptions,
-    info: EngineInfo,
-    state: Mutex<State>,
-    /// Whether there is a child, without waiting for the request that it works on.
-    has_child: AtomicBool,
-    health: Component,
-}
-
-struct State {
-    process: Option<Process>,
-    breaker: Breaker,
-    /// Slowest rate seen, in context tokens a second; unknown before the first success.
-    tokens_per_s: Option<f64>,
+pub struct SupervisedEngine {
+    supervisor: Arc<Supervisor>,
+    keeper: Option<JoinHandle<()>>,
 }
 
 impl SupervisedEngine {
     /// Starts the first child, and waits for its model.
-    pub fn start(options: EngineOptions, health: Component) -> Result<Self, String> {
-        let (process, info) = Process::start(&options.program, options.start_within)?;
-        info!(engine.pid = process.id(), engine.model = info.model, engine.device = info.device, "the engine is ready");
-        health.ready();
-        let state = State { process: Some(process), breaker: Breaker::default(), tokens_per_s: None };
-        let (state, has_child) = (Mutex::new(state), AtomicBool::new(true));
-        Ok(Self(Arc::new(Supervisor { options, info, state, has_child, health })))
+    pub(super) fn start(
+        options: EngineOptions,
+        health: Component,
+        culprits: Arc<Mutex<Culprits>>,
+    ) -> Result<Self, String> {
+        let never = AtomicBool::new(false);
+        let (process, info) = Process::start(&options.program, options.start_within, options.silence_floor, &never)?;
+        info!(
+            engine.group = options.group,
+            engine.pid = process.id(),
+            engine.model = info.model,
+            engine.device = info.device,
+            engine.concurrency = info.concurrency,
+            "the engine is ready"
+        );
+        let supervisor = Arc::new(Supervisor::new(options, process, info, health, culprits));
+        let kept = supervisor.clone();
+        let keeper = thread::Builder::new().name("apbd-engine-keeper".to_owned()).spawn(move || keeper::keep(&kept));
+        let keeper = keeper.map_err(|error| format!("its keeper's thread could not be started: {error}"))?;
+        Ok(Self { supervisor, keeper: Some(keeper) })
+    }
+
+    /// Requests that could be brought now without waiting.
+    pub(super) fn room(&self) -> usize {
+        self.supervisor.state().room()
+    }
+
+    /// Whether it can be had.
+    pub(super) fn outlook(&self) -> Outlook {
+        self.supervisor.state().outlook()
+    }
+
+    /// How it would run a request, and the memory that takes.
+    pub(super) fn offer(&self, request: &InferRequest) -> Result<(PrefillPlan, Option<Demand>), EngineError> {
+        let (context, query, query_at) = (request.context.len(), request.query.len(), request.query_at);
+        let (attention, new_tokens) = (request.attention.clone(), request.generation.max_new_tokens);
+        self.supervisor.plan(|id| Ask::Plan { id, context, query, query_at, attention, new_tokens })
+    }
+}
+
+impl Drop for SupervisedEngine {
+    fn drop(&mut self) {
+        self.supervisor.stop.store(true, Ordering::Relaxed);
+        self.supervisor.notify();
+        if let Some(keeper) = self.keeper.take() {
+            // That it panicked has been printed by the thread itself.
+            let _ = keeper.join();
+        }
+    }
+}
+
+/// How a try of a request ended.
+enum Ending {
+    /// The child has answered.
+    Answered(Result<Box<InferOutcome>, EngineError>),
+    /// The child has failed, or is given up; `is_mine`: surely by this request's doing.
+    Failed { kind: &'static str, error: EngineError, is_mine: bool },
+    /// The child did not hear of it.
+    Unheard,
+}
+
+/// A request's place among the others, from its coming to its end.
+struct Seat<'a> {
+    supervisor: &'a Supervisor,
+    id: u64,
+    fingerprint: Fingerprint,
+}
+
+impl Drop for Seat<'_> {
+    fn drop(&mut self) {
+        self.supervisor.state().flights.leave(self.id);
+        self.supervisor.notify();
+    }
+}
+
+impl<'a> Seat<'a> {
+    fn take(supervisor: &'a Supervisor, request: &InferRequest) -> Self {
+        let fingerprint = Fingerprint::of(request);
+        let is_known = supervisor.culprits().knows(fingerprint);
+        let mut state = supervisor.state();
+        let (id, budget) = (state.new_id(), state.budget(request.context.len(), &supervisor.options));
+        state.flights.enter(id, is_known, budget);
+        Self { supervisor, id, fingerprint }
+    }
+
+    /// Waits for the request's turn; the child to run it in.
+    fn turn(&self, observer: Observer<'_>) -> Result<Arc<Process>, EngineError> {
+        loop {
+            {
+                let mut state = self.supervisor.state();
+                if let Some(refusal) = state.refusal(self.id) {
+                    return Err(refusal);
+                }
+                if let Some(process) = state.start(self.id) {
+                    return Ok(process);
+                }
+                drop(self.supervisor.wait(state, TICK));
+            }
+            if !observer(Progress::Waiting) {
+                return Err(EngineError::Cancelled);
+            }
+        }
+    }
+
+    fn run(&self, process: &Process, request: &InferRequest, observer: Observer<'_>) -> Ending {
+        let call = process.call(self.id);
+        if !process.say(&Ask::Infer { id: self.id, request: Box::new(request.clone()) }) {
+            return Ending::Unheard;
+        }
+        let mut watch = Watch::new(self, process);
+        let mut last = Progress::Prefill { layers_done: 0, layers: 0 };
+        loop {
+            match call.answers.recv_timeout(TICK) {
+                Ok(Answer::Done { result, .. }) => return watch.ending(result),
+                Ok(Answer::Progress { progress, .. }) => {
+                    last = progress;
+                    watch.moved(progress);
+                }
+                Ok(_) | Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => {
+                    let error = EngineError::Crashed { reason: process.ending() };
+                    return Ending::Failed { kind: "crashed", error, is_mine: false };
+                }
+            }
+            if let Some(failed) = watch.look() {
+                return failed;
+            }
+            if !observer(last) {
+                watch.cancel();
+            }
+        }
+    }
+
+    /// What the end of its child means for this request.
+    fn fate(&self, process: &Arc<Process>, kind: &'static str, reason: &str, is_mine: bool) -> Fate {
+        self.supervisor.give_up(process, kind, reason, is_mine.then_some(self.id));
+        // One that is in no child's end has met one that was given up before it came.
+        self.supervisor.state().flights.fate(self.id).unwrap_or(Fate::Released)
+    }
+}
+
+/// Watches over one request in a child.
+struct Watch<'a> {
+    seat: &'a Seat<'a>,
+    process: &'a Process,
+    looked_at: Instant,
+    moved_at: Instant,
+    /// How long it may stand still, by who was in the child when it last moved.
+    patience: Option<Duration>,
+    /// Whether it was told to end, and when that was if it is because it stands still.
+    cancelled: bool,
+    stopped_at: Option<(Instant, Duration)>,
+}
+
+impl<'a> Watch<'a> {
+    fn new(seat: &'a Seat<'a>, process: &'a Process) -> Self {
+        let now = Instant::now();
+        Self { seat, process, looked_at: now, moved_at: now, patience: None, cancelled: false, stopped_at: None }
+    }
+
+    fn moved(&mut self, progress: Progress) {
+        if progress != Progress::Waiting {
+            (self.moved_at, self.patience) = (Instant::now(), None);
+        }
+    }
+
+    /// An answer that says that the child is not to be trusted any more is the end of the child.
+    fn ending(&self, result: Result<Box<InferOutcome>, EngineError>) -> Ending {
+        match (result, self.stopped_at) {
+            (Err(error @ EngineError::Crashed { .. }), _) => Ending::Failed { kind: "crashed", error, is_mine: true },
+            // A poisoned device fails whoever comes next to it.
+            (Err(error @ EngineError::Device { .. }), _) => Ending::Failed { kind: "device", error, is_mine: false },
+            (Err(EngineError::Cancelled), Some((_, stood_still))) => {
+                Ending::Answered(Err(EngineError::Hung { seconds: stood_still.as_secs() }))
+            }
+            (result, _) => Ending::Answered(result),
+        }
+    }
+
+    fn cancel(&mut self) {
+        if !self.cancelled {
+            self.cancelled = self.process.say(&Ask::Cancel { id: self.seat.id });
+        }
+    }
+
+    /// The child that says nothing at all is given up, whoever is to blame. A request that stands still while others go on is told to end, and
+    /// if it does not, the child ends by its doing. It may have to wait for each of the others, as long as that one may be silent: from then
+    /// on nothing but a fault keeps it from moving.
+    fn look(&mut self) -> Option<Ending> {
+        if self.looked_at.elapsed() < TICK {
+            return None;
+        }
+        self.looked_at = Instant::now();
+        let supervisor = self.seat.supervisor;
+        let (silence, patience) = {
+            let state = supervisor.state();
+            (state.flights.silence(), *self.patience.get_or_insert_with(|| state.flights.patience()))
+        };
+        let hung = |budget: Duration, is_mine| {
+            let error = EngineError::Hung { seconds: budget.as_secs() };
+            Some(Ending::Failed { kind: "hung", error, is_mine })
+        };
+        if !silence.is_zero() && self.process.silent_for() >= silence {
+            return hung(silence, false);
+        }
+        match self.stopped_at {
+            Some((at, stood_still)) if at.elapsed() >= supervisor.options.silence_floor => hung(stood_still, true),
+            None if self.moved_at.elapsed() >= patience => {
+                self.stopped_at = Some((Instant::now(), patience));
+                self.cancel();
+                None
+            }
+            _ => None,
+        }
     }
 }
 
 impl Supervisor {
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// A child to speak to: the one there is, or a new one.
-    fn living<'a>(&self, state: &'a mut State) -> Result<&'a mut Process, EngineError> {
-        if let Some(left) = state.breaker.open_for(Instant::now()) {
-            let reason = format!("it keeps dying; the next try is in {} s", left.as_secs().max(1));
-            return Err(EngineError::Unavailable { reason });
-        }
-        if state.process.is_none() {
-            match Process::start(&self.options.program, self.options.start_within) {
-                Ok((process, info)) if info.model_digest == self.info.model_digest => {
-                    info!(engine.pid = process.id(), "a new engine is ready");
-                    self.health.ready();
-                    self.has_child.store(true, Ordering::Relaxed);
-                    state.process = Some(process);
-                }
-                Ok(_) => {
-                    let reason = "its model is not the one the daemon started with; restart the daemon".to_owned();
-                    return Err(self.not_started(state, reason));
-                }
-                Err(reason) => return Err(self.not_started(state, reason)),
-            }
-        }
-        state.process.as_mut().ok_or_else(|| EngineError::Unavailable { reason: "it could not be started".to_owned() })
-    }
-
-    fn not_started(&self, state: &mut State, reason: String) -> EngineError {
-        error!(error.message = reason, "the engine does not start");
-        state.breaker.failed(Instant::now());
-        self.health.degraded(&reason);
-        metrics::ENGINE_ENDS.add(&["not_started"], 1);
-        EngineError::Unavailable { reason }
-    }
-
-    /// Kills the child: what it says or does from now on is nobody's. Another one is started meanwhile.
-    fn replace(self: &Arc<Self>, state: &mut State, kind: &'static str, reason: &str) {
-        state.process = None;
-        self.has_child.store(false, Ordering::Relaxed);
-        let open = state.breaker.failed(Instant::now());
-        warn!(error.kind = kind, error.message = reason, engine.given_up = open, "the engine is replaced");
-        self.health.degraded(&format!("the engine is replaced: {reason}"));
-        metrics::ENGINE_ENDS.add(&[kind], 1);
-        let supervisor = Arc::downgrade(self);
-        let reviving = thread::Builder::new().name("apbd-engine-start".to_owned()).spawn(move || {
-            // Whoever comes first, this or the next request, starts it.
-            while let Some(pause) = supervisor.upgrade().and_then(|supervisor| supervisor.revive()) {
-                thread::sleep(pause);
-            }
-        });
-        if let Err(error) = reviving {
-            warn!(error.message = %error, "the engine is not started before the next request");
-        }
-    }
-
-    /// Starts a child if there is none; how long to wait before the next try if that failed.
-    fn revive(&self) -> Option<Duration> {
-        let mut state = self.state();
-        if self.living(&mut state).is_ok() {
-            return None;
-        }
-        Some(state.breaker.open_for(Instant::now()).unwrap_or_default().max(START_PAUSE))
-    }
-
-    /// How long may pass without a sign of progress.
-    fn budget(&self, context: usize, tokens_per_s: Option<f64>) -> Duration {
-        let predicted = tokens_per_s.map_or(0.0, |rate| context as f64 / rate);
-        let allowed = Duration::try_from_secs_f64(predicted * self.options.silence_factor);
-        allowed.unwrap_or(Duration::MAX).max(self.options.silence_floor)
-    }
-
-    fn attend(
-        &self,
-        process: &mut Process,
-        budget: Duration,
-        observer: Observer<'_>,
-    ) -> Result<Box<InferOutcome>, EngineError> {
-        let (mut heard_at, mut cancelled) = (Instant::now(), false);
-        let mut last = Progress::Prefill { layers_done: 0, layers: 0 };
+    fn infer(&self, request: &InferRequest, observer: Observer<'_>) -> Result<InferOutcome, EngineError> {
+        let seat = Seat::take(self, request);
+        let mut was_unheard = false;
         loop {
-            match process.hear(TICK) {
-                Heard::Said(Answer::Done { result }) => return result,
-                Heard::Said(Answer::Progress { progress }) => (last, heard_at) = (progress, Instant::now()),
-                Heard::Said(_) | Heard::Nothing => {}
-                Heard::Gone(reason) => return Err(EngineError::Crashed { reason }),
-            }
-            if heard_at.elapsed() >= budget {
-                return Err(EngineError::Hung { seconds: budget.as_secs() });
-            }
-            if !cancelled && !observer(last) {
-                cancelled = process.say(&Ask::Cancel);
-            }
-        }
-    }
-
-    /// Asks the child for a plan.
-    fn plan(self: &Arc<Self>, ask: &Ask) -> Result<PrefillPlan, EngineError> {
-        let mut guard = self.state();
-        let state = &mut *guard;
-        let process = self.living(state)?;
-        let failed = if process.say(ask) {
-            match process.hear(self.options.silence_floor) {
-                Heard::Said(Answer::Planned { result }) => return result.map(|plan| *plan),
-                Heard::Gone(reason) => reason,
-                Heard::Said(_) | Heard::Nothing => "it gives no plan".to_owned(),
-            }
-        } else {
-            "it does not listen".to_owned()
-        };
-        self.replace(state, "crashed", &failed);
-        Err(EngineError::Crashed { reason: failed })
-    }
-
-    /// Has the child run a request.
-    fn infer(self: &Arc<Self>, request: &InferRequest, observer: Observer<'_>) -> Result<InferOutcome, EngineError> {
-        let mut guard = self.state();
-        let state = &mut *guard;
-        let budget = self.budget(request.context.len(), state.tokens_per_s);
-        // A child may have died since the last request: that is not this one's doing.
-        for is_last in [false, true] {
-            let asked = self.living(state)?.say(&Ask::Infer { request: Box::new(request.clone()) });
-            match asked {
-                true => break,
-                false if is_last => return Err(EngineError::Unavailable { reason: "it does not listen".to_owned() }),
-                false => self.replace(state, "died_idle", "it ended while it was idle"),
-            }
-        }
-        let began = Instant::now();
-        let process = self.living(state)?;
-        match self.attend(process, budget, observer) {
-            Ok(outcome) => {
-                state.breaker.succeeded();
-                let rate = request.context.len() as f64 / began.elapsed().as_secs_f64().max(1e-3);
-                state.tokens_per_s = Some(state.tokens_per_s.map_or(rate, |slowest| slowest.min(rate)));
-                Ok(*outcome)
-            }
-            Err(error) => {
-                match &error {
-                    EngineError::Crashed { reason } => self.replace(state, "crashed", reason),
-                    EngineError::Hung { .. } => self.replace(state, "hung", &error.to_string()),
-                    EngineError::Device { reason } => self.replace(state, "device", reason),
-                    _ => {}
+            let process = seat.turn(observer)?;
+            match seat.run(&process, request, observer) {
+                Ending::Answered(Ok(outcome)) => {
+                    self.culprits().forget(seat.fingerprint);
+                    let mut state = self.state();
+                    state.breaker.succeeded();
+                    state.measured(request.context.len(), outcome.prefill);
+                    return Ok(*outcome);
                 }
-                Err(error)
+                Ending::Answered(Err(error)) => return Err(error),
+                Ending::Failed { kind, error, is_mine } => {
+                    match seat.fate(&process, kind, &error.to_string(), is_mine) {
+                        Fate::Suspected => {}
+                        Fate::Released => {
+                            let reason = "it ended under another request".to_owned();
+                            return Err(EngineError::Unavailable { reason });
+                        }
+                        Fate::Caught => {
+                            self.culprits().add(seat.fingerprint);
+                            return Err(error);
+                        }
+                    }
+                }
+                // A child may have died since the last request: that is not this one's doing.
+                Ending::Unheard => {
+                    self.state().flights.set_running(seat.id, false);
+                    self.give_up(&process, "died_idle", "it does not listen", None);
+                    if std::mem::replace(&mut was_unheard, true) {
+                        return Err(EngineError::Unavailable { reason: "it does not listen".to_owned() });
+                    }
+                }
             }
         }
+    }
+
+    /// Asks the child for a plan, beside whatever it is at.
+    fn plan(&self, ask: impl FnOnce(u64) -> Ask) -> Result<(PrefillPlan, Option<Demand>), EngineError> {
+        let (id, process) = {
+            let mut state = self.state();
+            (state.new_id(), state.process().cloned())
+        };
+        let Some(process) = process else {
+            return Err(EngineError::Unavailable { reason: "it is being started".to_owned() });
+        };
+        let call = process.call(id);
+        let failed = match process.say(&ask(id)).then(|| call.answers.recv_timeout(self.options.silence_floor)) {
+            Some(Ok(Answer::Planned { result: Err(EngineError::Crashed { reason }), .. })) => reason,
+            Some(Ok(Answer::Planned { result, demand, .. })) => return result.map(|plan| (*plan, demand)),
+            Some(Err(RecvTimeoutError::Disconnected)) => process.ending(),
+            Some(Ok(_) | Err(RecvTimeoutError::Timeout)) => "it gives no plan".to_owned(),
+            None => "it does not listen".to_owned(),
+        };
+        // Where all else goes on, it is the plan: nobody else is to blame then.
+        let is_mine = !process.has_ended() && process.silent_for() < self.options.silence_floor;
+        self.give_up(&process, "crashed", &failed, is_mine.then_some(id));
+        Err(EngineError::Crashed { reason: failed })
     }
 }
 
 impl Engine for SupervisedEngine {
     fn info(&self) -> EngineInfo {
-        self.0.info.clone()
+        self.supervisor.info.clone()
     }
 
     fn is_ready(&self) -> bool {
-        self.0.has_child.load(Ordering::Relaxed)
+        self.supervisor.state().process().is_some()
     }
 
     fn plan(
@@ -235,10 +344,12 @@ impl Engine for SupervisedEngine {
         query_at: usize,
         attention: &AttentionRequest,
     ) -> Result<PrefillPlan, EngineError> {
-        self.0.plan(&Ask::Plan { context, query, query_at, attention: attention.clone() })
+        let attention = attention.clone();
+        let ask = |id| Ask::Plan { id, context, query, query_at, attention, new_tokens: 0 };
+        self.supervisor.plan(ask).map(|(plan, _)| plan)
     }
 
     fn infer(&self, request: &InferRequest, observer: Observer<'_>) -> Result<InferOutcome, EngineError> {
-        self.0.infer(request, observer)
+        self.supervisor.infer(request, observer)
     }
 }

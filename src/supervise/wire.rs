@@ -1,13 +1,14 @@
 //! What the daemon and the engine's process say to each other: JSON messages, each after its length in four bytes (little endian).
 //!
-//! Invariant: one request at a time; every request is answered by exactly one [`Answer::Done`], unless the process ends.
+//! Invariant: every message about a request carries its id; every id that was asked with is answered by exactly one [`Answer::Done`] or
+//! [`Answer::Planned`], unless the process ends. Ids are not used again.
 
 use std::io::{self, Read, Write};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::engine::{EngineError, EngineInfo, InferOutcome, InferRequest, Progress};
+use crate::engine::{Demand, EngineError, EngineInfo, InferOutcome, InferRequest, Progress};
 use crate::plan::{AttentionRequest, PrefillPlan};
 
 /// Longest message: some ten million tokens.
@@ -18,11 +19,11 @@ const MESSAGE_BYTES: u32 = 128 << 20;
 #[serde(rename_all = "snake_case", tag = "ask")]
 pub enum Ask {
     /// Run it to its end.
-    Infer { request: Box<InferRequest> },
+    Infer { id: u64, request: Box<InferRequest> },
     /// Say how it would be cut.
-    Plan { context: usize, query: usize, query_at: usize, attention: AttentionRequest },
-    /// Stop the request that runs, if one does.
-    Cancel,
+    Plan { id: u64, context: usize, query: usize, query_at: usize, attention: AttentionRequest, new_tokens: usize },
+    /// Stop this request, if it still runs or waits.
+    Cancel { id: u64 },
 }
 
 /// From the engine.
@@ -33,12 +34,22 @@ pub enum Answer {
     Ready { info: EngineInfo },
     /// The model cannot be loaded; the process ends.
     Unusable { reason: String },
-    /// It goes on.
-    Progress { progress: Progress },
+    /// A request goes on.
+    Progress { id: u64, progress: Progress },
     /// The end of a request.
-    Done { result: Result<Box<InferOutcome>, EngineError> },
-    /// The end of a request for a plan.
-    Planned { result: Result<Box<PrefillPlan>, EngineError> },
+    Done { id: u64, result: Result<Box<InferOutcome>, EngineError> },
+    /// The end of a request for a plan; with the memory that it needs, if the engine counts that.
+    Planned { id: u64, result: Result<Box<PrefillPlan>, EngineError>, demand: Option<Demand> },
+}
+
+impl Answer {
+    /// The request that it is about.
+    pub fn id(&self) -> Option<u64> {
+        match self {
+            Self::Ready { .. } | Self::Unusable { .. } => None,
+            Self::Progress { id, .. } | Self::Done { id, .. } | Self::Planned { id, .. } => Some(*id),
+        }
+    }
 }
 
 /// Writes one message.
@@ -74,7 +85,7 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read_and_what_is_cut_is_an_error() {
-        let answer = Answer::Done { result: Err(EngineError::Hung { seconds: 3 }) };
+        let answer = Answer::Done { id: 7, result: Err(EngineError::Hung { seconds: 3 }) };
         let mut bytes = Vec::new();
         write(&mut bytes, &answer).expect("written");
         write(&mut bytes, &Answer::Unusable { reason: "x".to_owned() }).expect("written");

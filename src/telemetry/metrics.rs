@@ -1,6 +1,6 @@
 //! Every metric of the daemon, and their text form for Prometheus.
 //!
-//! Invariant: label values come from fixed sets (states, codes, stages), so the number of series is bounded.
+//! Invariant: label values come from fixed sets (states, codes, stages, groups of the pool), so the number of series is bounded.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -35,7 +35,23 @@ pub static EVENTS: Series = Series::counter("apbd_events_total", "Completion eve
 /// Results written as files.
 pub static RESULTS_WRITTEN: Series = Series::counter("apbd_results_written_total", "Results written as files", &[]);
 /// Engine processes that ended, and why.
-pub static ENGINE_ENDS: Series = Series::counter("apbd_engine_ends_total", "Engine processes that ended", &["reason"]);
+pub static ENGINE_ENDS: Series =
+    Series::counter("apbd_engine_ends_total", "Engine processes that ended", &["group", "reason"]);
+/// Documents in the engine of a group of the pool.
+pub static GROUP_DOCUMENTS: Series =
+    Series::gauge("apbd_group_documents", "Documents in the engine of a group", &["group"]);
+/// Predicted time until the documents of a group are prefilled.
+pub static GROUP_BACKLOG: Series = Series::gauge(
+    "apbd_group_backlog_seconds",
+    "Predicted time until all documents of a group are prefilled",
+    &["group"],
+);
+/// Prefill of the latest document.
+pub static GROUP_RATE: Series =
+    Series::gauge("apbd_group_tokens_per_second", "Prefill of the latest document of a group", &["group"]);
+/// Documents that wait for a group.
+pub static POOL_WAITING: Series =
+    Series::gauge("apbd_pool_waiting_documents", "Documents that are ready and wait for a group", &[]);
 /// Jobs in the inbox, each state counted up to 100,000.
 pub static INBOX: Series = Series::gauge("apbd_inbox_jobs", "Jobs in the inbox", &["state"]);
 /// Wait of the oldest job that could be claimed; 0: none waits.
@@ -70,6 +86,10 @@ fn all() -> Vec<&'static Series> {
         &EVENTS,
         &RESULTS_WRITTEN,
         &ENGINE_ENDS,
+        &GROUP_DOCUMENTS,
+        &GROUP_BACKLOG,
+        &GROUP_RATE,
+        &POOL_WAITING,
         &INBOX,
         &JOB_WAIT,
         &EVENT_WAIT,

@@ -9,7 +9,11 @@ pub mod metrics;
 
 use std::io::{IsTerminal, stderr};
 
-use tracing_subscriber::EnvFilter;
+use tracing::{Level, Metadata};
+use tracing_subscriber::filter::filter_fn;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer};
 
 /// Options of the log, the same for every subcommand.
 #[derive(Debug, Clone, clap::Args)]
@@ -54,12 +58,20 @@ pub fn init(options: &LogOptions) -> Result<(), TelemetryError> {
         Some(format) => format == LogFormat::Human,
         None => stderr().is_terminal(),
     };
-    let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(console::LogWriter::new);
-    // Only tests install twice, and for them the first subscriber is as good.
-    let _ = if human {
-        builder.with_ansi(stderr().is_terminal()).with_target(false).compact().try_init()
+    let layer = tracing_subscriber::fmt::layer().with_writer(console::LogWriter::new);
+    let layer = if human {
+        layer.with_ansi(stderr().is_terminal()).with_target(false).compact().boxed()
     } else {
-        builder.json().flatten_event(true).with_current_span(false).try_init()
+        layer.json().flatten_event(true).with_current_span(false).boxed()
     };
+    // Only tests install twice, and for them the first subscriber is as good.
+    // The filters are not the layer's own: those forget an event after a library has asked in vain whether its own would be heard.
+    let _ = tracing_subscriber::registry().with(filter).with(filter_fn(has_no_payload)).with(layer).try_init();
     Ok(())
+}
+
+/// What libraries say below info is what passes through them: frames with passwords, requests with their signatures, texts. No level asked for
+/// brings that into a log.
+fn has_no_payload(about: &Metadata<'_>) -> bool {
+    about.target().split("::").next() == Some(env!("CARGO_PKG_NAME")) || *about.level() <= Level::INFO
 }

@@ -31,22 +31,24 @@ async fn fixture() -> Fixture {
         let new = NewJob { job, door: Door::Files, origin: "test".to_owned(), size_bytes: None, reply: None };
         store.enqueue(&[new]).await.expect("enqueued");
     }
-    let worker = WorkerId::unique("test", 1);
-    let request = ClaimRequest {
-        worker,
-        limit: 1,
-        lease: std::time::Duration::from_secs(60),
-        models: Vec::new(),
-        max_bytes: None,
-        only: Some(vec![ids[0]]),
-    };
-    let claim = store.claim(&request).await.expect("claimed").remove(0);
+    let claim = store.claim(&request(ids[0])).await.expect("claimed").remove(0);
     let error = JobError::new(ErrorCode::DocumentNotFound, "file:///first.txt: there is no such document");
     let ending = Ending::Errored { error, verdict: Verdict::Fail };
     let report = AttemptReport { ending, stages: StageTimes::default(), documents: Vec::new() };
     store.finish(&claim.lease(), &report).await.expect("finished");
     store.close().await;
     Fixture { _directory: directory, path, failed: ids[0], waiting: ids[1] }
+}
+
+fn request(job: JobId) -> ClaimRequest {
+    ClaimRequest {
+        worker: WorkerId::unique("test", 1),
+        limit: 1,
+        lease: std::time::Duration::from_secs(60),
+        models: Vec::new(),
+        max_bytes: None,
+        only: Some(vec![job]),
+    }
 }
 
 fn apbd(database: &Path, arguments: &[&str]) -> Output {
@@ -91,6 +93,47 @@ async fn cancel_and_replay_say_what_came_of_it() {
     assert_eq!(stdout(&apbd(&fixture.path, &["replay", "--failed"]), 0), "1 queued again\n");
     assert_eq!(stdout(&apbd(&fixture.path, &["replay", &waiting]), 0), "1 queued again\n");
     assert_eq!(stdout(&apbd(&fixture.path, &["replay", &waiting]), 1), "0 queued again\n", "it waits already");
+}
+
+#[tokio::test]
+async fn programs_are_told_in_json_what_came_of_it() {
+    let fixture = fixture().await;
+    let (waiting, nobody) = (fixture.waiting.to_string(), JobId::random().to_string());
+    let json = |arguments: &[&str], code| -> Value {
+        let said = stdout(&apbd(&fixture.path, &[arguments, &["--format", "json"]].concat()), code);
+        serde_json::from_str(&said).expect("JSON")
+    };
+    let cancelled = json(&["cancel", &waiting, &nobody], 1);
+    assert_eq!(cancelled[0], serde_json::json!({ "job_id": waiting, "outcome": "cancelled", "state": null }));
+    assert_eq!(cancelled[1]["outcome"], "not_found");
+    let again = json(&["cancel", &waiting], 0);
+    assert_eq!((&again[0]["outcome"], &again[0]["state"]), (&"had_ended".into(), &"cancelled".into()));
+    assert_eq!(json(&["replay", "--failed"], 0), serde_json::json!({ "queued_again": 1 }));
+    assert_eq!(json(&["replay", "--dead"], 0), serde_json::json!({ "queued_again": 0 }));
+    assert_eq!(json(&["show", &waiting], 0)["job_id"], waiting.as_str());
+    assert!(json(&["migrate"], 0)["database"].as_str().is_some_and(|place| place.contains("jobs.db")));
+}
+
+#[tokio::test]
+async fn dead_jobs_are_replayed_together() {
+    let fixture = fixture().await;
+    kill(&fixture).await;
+    assert_eq!(stdout(&apbd(&fixture.path, &["replay", "--dead"]), 0), "1 queued again\n");
+    let waits = stdout(&apbd(&fixture.path, &["jobs", "--state", "queued", "--format", "json"]), 0);
+    let waits: Value = serde_json::from_str(&waits).expect("JSON");
+    assert_eq!((waits.as_array().map(Vec::len), &waits[0]["job_id"]), (Some(1), &fixture.waiting.to_string().into()));
+}
+
+/// Quarantines the waiting job.
+async fn kill(fixture: &Fixture) {
+    let url = StoreUrl::Sqlite(fixture.path.clone());
+    let store = open(&url, Access::Worker, RetryPolicy::local()).await.expect("opens");
+    let claim = store.claim(&request(fixture.waiting)).await.expect("claimed").remove(0);
+    let error = JobError::new(ErrorCode::EngineCrashed, "signal 11");
+    let ending = Ending::Errored { error, verdict: Verdict::Quarantine };
+    let report = AttemptReport { ending, stages: StageTimes::default(), documents: Vec::new() };
+    assert!(store.finish(&claim.lease(), &report).await.expect("finished"));
+    store.close().await;
 }
 
 #[tokio::test]

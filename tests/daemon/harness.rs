@@ -25,6 +25,9 @@ use crate::services::{free_port, rabbitmq};
 /// Long enough for a machine that compiles at the same time; nothing is measured by it.
 pub const SOON: Duration = Duration::from_secs(60);
 
+/// What is promised after the broker is back, or a connection to it was lost.
+pub const CONSUMING_AGAIN: Duration = Duration::from_secs(30);
+
 /// Where the model does not matter.
 const SCRIPTED_ENGINE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/daemon/scripted_engine.py");
 
@@ -36,11 +39,34 @@ pub struct Site {
     pub database: StoreUrl,
     /// Lines of `[engine]`.
     pub engine: String,
+    pub lease_s: u32,
+    /// What is logged.
+    pub log: &'static str,
     pub extra: String,
     pub variables: BTreeMap<String, String>,
 }
 
 impl Site {
+    /// With an engine that takes so many requests at a time.
+    pub fn with_concurrency(concurrency: usize) -> Self {
+        let engine =
+            format!("command = [\"python3\", \"{SCRIPTED_ENGINE}\", \"{concurrency}\"]\nsilence_floor_s = 2\n");
+        Self { engine, ..Self::new() }
+    }
+
+    /// With a pool of these groups: name, documents at a time, memory in bytes; the later ones are the larger.
+    pub fn with_groups(groups: &[(&str, usize, usize)]) -> Self {
+        let mut extra = String::new();
+        for (number, (name, concurrency, memory)) in groups.iter().enumerate() {
+            let ranks = number + 1;
+            extra += &format!(
+                "[[pool.group]]\nname = \"{name}\"\nranks = {ranks}\n\
+                 command = [\"python3\", \"{SCRIPTED_ENGINE}\", \"{concurrency}\", \"{memory}\"]\n"
+            );
+        }
+        Self { engine: "silence_floor_s = 2\n".to_owned(), extra, ..Self::new() }
+    }
+
     /// With a queue of its own on the shared broker.
     pub fn new() -> Self {
         Self::on(&rabbitmq::shared().url())
@@ -57,6 +83,8 @@ impl Site {
             queue: format!("jobs-{}", JobId::random()),
             broker_url: broker_url.to_owned(),
             engine: format!("command = [\"python3\", \"{SCRIPTED_ENGINE}\"]\nsilence_floor_s = 2\n"),
+            lease_s: 3,
+            log: "info",
             extra: String::new(),
             variables: BTreeMap::new(),
         };
@@ -91,12 +119,13 @@ impl Site {
         let text = format!(
             "[database]\nurl = \"{}\"\n[amqp]\nurl = \"{}\"\nqueue = \"{}\"\nreply_targets = [\"done-*\"]\nwindow = 50\nprefetch = 20\n\
              [files]\nfolders = [\"{}\"]\n[engine]\n{}\
-             [work]\nlease_s = 3\npoll_ms = 20\ngrace_s = 2\nmax_attempts = 2\n[http]\nlisten = \"127.0.0.1:{port}\"\n{}",
+             [work]\nlease_s = {}\npoll_ms = 20\ngrace_s = 2\nmax_attempts = 2\n[http]\nlisten = \"127.0.0.1:{port}\"\n{}",
             database_url(&self.database),
             self.broker_url,
             self.queue,
             self.path("documents").display(),
             self.engine,
+            self.lease_s,
             self.extra,
         );
         let path = self.path(&format!("apbd-{port}.toml"));
@@ -109,7 +138,7 @@ impl Site {
         let port = free_port();
         let log = self.path(&format!("daemon-{port}.log"));
         let child = Command::new(env!("CARGO_BIN_EXE_apbd"))
-            .args(["--log", "info", "serve", "--config"])
+            .args(["--log", self.log, "serve", "--config"])
             .arg(self.configuration(port))
             .envs(&self.variables)
             .stdin(Stdio::null())
@@ -152,6 +181,21 @@ impl Site {
     pub fn lasting(&self, tenths: u32) -> Value {
         let uri = format!("file://{}", self.path("documents/plain.txt").display());
         json!({ "version": 1, "task": "summarise", "documents": [{ "uri": uri }], "seed": 4, "max_new_tokens": tenths })
+    }
+
+    /// Sends a job that is answered after so many tenths of a second.
+    pub async fn send_lasting(&self, publisher: &Publisher, tenths: u32) -> JobId {
+        let id = JobId::random();
+        self.send_raw(publisher, id, &self.lasting(tenths), None).await;
+        id
+    }
+
+    /// Sends a job over this document that is answered after so many tenths of a second.
+    pub async fn send_over(&self, publisher: &Publisher, uri: &str, tenths: u32) -> JobId {
+        let (id, mut body) = (JobId::random(), self.lasting(tenths));
+        body["documents"] = json!([{ "uri": uri }]);
+        self.send_raw(publisher, id, &body, None).await;
+        id
     }
 
     /// Sends any JSON.
@@ -200,6 +244,14 @@ impl Daemon {
     /// Its process.
     pub fn id(&self) -> u32 {
         self.child.id()
+    }
+
+    /// The processes of its engines: its children.
+    pub fn engines(&self) -> Vec<u32> {
+        // A thread's children are those that it started.
+        let Ok(tasks) = fs::read_dir(format!("/proc/{}/task", self.id())) else { return Vec::new() };
+        let children = tasks.flatten().filter_map(|task| fs::read_to_string(task.path().join("children")).ok());
+        children.flat_map(|ids| ids.split_whitespace().filter_map(|id| id.parse().ok()).collect::<Vec<_>>()).collect()
     }
 
     /// What it had resident at most, in bytes.
@@ -301,6 +353,12 @@ pub async fn ended(store: &dyn Store, job: JobId) -> JobDetail {
         assert!(start.elapsed() < SOON, "the job has not ended");
         tokio::time::sleep(Duration::from_millis(30)).await;
     }
+}
+
+/// Waits until the daemon consumes again: until this job of it has succeeded.
+pub async fn consumes_again(store: &dyn Store, job: JobId) -> JobDetail {
+    let again = tokio::time::timeout(CONSUMING_AGAIN, succeeded(store, job)).await;
+    again.unwrap_or_else(|_| panic!("it does not consume again within {CONSUMING_AGAIN:?}"))
 }
 
 pub async fn succeeded(store: &dyn Store, job: JobId) -> JobDetail {

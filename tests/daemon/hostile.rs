@@ -7,11 +7,14 @@ use std::sync::Arc;
 
 use apbd::intake::amqp::{Message, Publisher};
 use apbd::job::{ErrorCode, JobId};
-use apbd::store::{JobDetail, JobState, Store};
+use apbd::store::{JobDetail, JobState, Store, StoreUrl};
 use serde_json::{Value, json};
 
 use crate::harness::{Daemon, Site, all, ended, message, sql, succeeded, until, waiting};
+use crate::objects::client;
 use crate::services::postgres::shared;
+use crate::services::rabbitmq::RabbitMq;
+use crate::services::s3;
 
 /// Words of documents and instructions that nobody but the model may see.
 const PRIVATE: &str = "Zanzibarian-ledger-4711";
@@ -27,6 +30,10 @@ const ALL: &str = "all of them";
 
 /// What the daemon may have resident at most, in bytes: itself, and a few documents of that size with what is made of them.
 const RESIDENT_BYTES: u64 = 400 << 20;
+
+/// Passwords that a log must not have at any level.
+const BROKER_PASSWORD: &str = "porcupine-of-the-broker";
+const DATABASE_PASSWORD: &str = "pelican-of-the-database";
 
 struct Target {
     site: Site,
@@ -264,4 +271,56 @@ async fn documents_that_would_fill_the_memory_do_not() {
     let peak = target.daemon.peak_bytes();
     assert!(peak < RESIDENT_BYTES, "{} MiB were resident", peak >> 20);
     target.is_unharmed().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_secret_and_no_text_is_in_the_log_at_its_most_talkative() {
+    let (server, bucket) = (s3::shared(), format!("b-{}", JobId::random()));
+    let direct = client(server, server.port, &server.secret_access_key);
+    direct.put(&bucket, "", "text/plain", Vec::new()).await.expect("a bucket");
+    direct
+        .put(&bucket, "in.txt", "text/plain", format!("{PRIVATE} is written here.").into_bytes())
+        .await
+        .expect("written");
+    let broker = RabbitMq::start(&format!("default_user = apbd\ndefault_pass = {BROKER_PASSWORD}"));
+    let mut site = Site::on_postgres(shared()).await;
+    // The server trusts whoever comes, a password included.
+    let StoreUrl::Postgres(url) = &site.database else { panic!("not on PostgreSQL") };
+    site.database = url.replace("owner@", &format!("owner:{DATABASE_PASSWORD}@")).parse().expect("a URL");
+    site.broker_url = broker.url().replace("guest:guest", &format!("apbd:{BROKER_PASSWORD}"));
+    site.engine = "threads = 2\n".to_owned();
+    site.log = "trace";
+    site.extra = format!(
+        "[results]\nat = \"s3://main/{bucket}/out/\"\n[[store]]\nalias = \"main\"\nendpoint = \"{}\"\nallow_http = true\n\
+         access_key_id = \"{}\"\nsecret_access_key = \"{}\"\nallowed = [\"{bucket}\"]\n",
+        server.endpoint(),
+        server.access_key_id,
+        server.secret_access_key
+    );
+    let daemon = site.start();
+    daemon.ready().await;
+    let (publisher, store) = (site.publisher().await, site.store().await);
+    let done = format!("done-{}", JobId::random());
+    crate::harness::declare(&publisher, &done).await;
+    let job = JobId::random();
+    let body = json!({ "version": 1, "task": "ask", "instruction": format!("What is {PRIVATE}?"), "max_new_tokens": 20,
+        "documents": [{ "uri": format!("s3://main/{bucket}/in.txt") }], "labels": { "case": PRIVATE } });
+    site.send_raw(&publisher, job, &body, Some(&done)).await;
+    let text = succeeded(&*store, job).await.result.expect("a result").text;
+    message(&publisher, &done).await;
+    until("the result is a file", || async {
+        direct.list(&bucket, "out/", None).await.is_ok_and(|page| page.objects.len() == 1)
+    })
+    .await;
+    site.send_raw(&publisher, JobId::random(), &json!({ "version": 1, "task": PRIVATE }), None).await;
+    message(&publisher, &format!("{}.dead", site.queue)).await;
+    let log = daemon.log();
+    assert!(log.contains("serving") && log.contains(&job.to_string()), "it says what it has to say");
+    // Frames of a protocol are also shown as lists of numbers.
+    let as_numbers = |text: &str| text.bytes().map(|byte| byte.to_string()).collect::<Vec<_>>().join(", ");
+    assert!(text.trim().len() > 3, "{text:?}");
+    for never in [PRIVATE, BROKER_PASSWORD, DATABASE_PASSWORD, &server.secret_access_key, text.trim()] {
+        let at = log.lines().find(|line| line.contains(never) || line.contains(&as_numbers(never)));
+        assert!(at.is_none(), "{never:?} is in the log: {at:?}");
+    }
 }

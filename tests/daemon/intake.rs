@@ -6,7 +6,9 @@ use apbd::job::{ErrorCode, JobId};
 use apbd::store::{JobState, ReportView};
 use serde_json::json;
 
-use crate::harness::{Site, all, declare, ended, message, settled, succeeded, until, waiting};
+use crate::harness::{
+    CONSUMING_AGAIN, Site, all, consumes_again, declare, ended, message, settled, succeeded, until, waiting,
+};
 use crate::services::proxy::{Fault, Proxy};
 use crate::services::rabbitmq::{RabbitMq, shared};
 
@@ -110,15 +112,32 @@ async fn cut_and_half_open_connections_are_survived() {
     let (publisher, store) = (direct.publisher().await, site.store().await);
     let first = site.send(&publisher, 0).await;
     succeeded(&*store, first).await;
+    // It is worked on all the while.
+    let long = JobId::random();
+    site.send_raw(&publisher, long, &site.lasting(300), None).await;
+    until("it runs", || async {
+        store.show(long).await.expect("shown").is_some_and(|detail| detail.summary.state == JobState::Running)
+    })
+    .await;
+    let urgent = || {
+        let mut body = site.lasting(1);
+        (body["priority"], body["seed"]) = (json!(9), json!(0));
+        body
+    };
+    let [second, third] = [JobId::random(), JobId::random()];
+    let is_taken_in = async |job: JobId| {
+        let taken = until("it is taken in", || async { store.show(job).await.expect("shown").is_some() });
+        tokio::time::timeout(CONSUMING_AGAIN, taken).await.expect("it consumes again in time");
+    };
     proxy.cut();
-    let second = site.send(&publisher, 0).await;
-    succeeded(&*store, second).await;
+    site.send_raw(&publisher, second, &urgent(), None).await;
+    is_taken_in(second).await;
     proxy.set(Fault::HalfOpen);
-    let third = site.send(&publisher, 0).await;
+    site.send_raw(&publisher, third, &urgent(), None).await;
     until("the silence is noticed", || async { daemon.get("/readyz").is_some_and(|(status, _)| status == 503) }).await;
     proxy.set(Fault::None);
-    succeeded(&*store, third).await;
-    let jobs = settled(&*store, 3).await;
+    is_taken_in(third).await;
+    let jobs = settled(&*store, 4).await;
     assert!(jobs.iter().all(|job| job.attempt.get() == 1), "nothing reran");
 }
 
@@ -133,11 +152,10 @@ async fn a_deleted_queue_is_made_again() {
         let options = lapin::options::QueueDeleteOptions::default();
         publisher.channel().queue_delete(site.queue.as_str().into(), options).await.expect("deleted");
     }
-    until("the cancel is noticed", || async { daemon.get("/readyz").is_some_and(|(status, _)| status == 503) }).await;
-    daemon.ready().await;
+    until("the cancel is noticed", || async { daemon.log().contains("cancelled the consumer") }).await;
     let publisher = site.publisher().await;
     let job = site.send(&publisher, 0).await;
-    succeeded(&*store, job).await;
+    consumes_again(&*store, job).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -158,12 +176,12 @@ async fn a_killed_broker_is_survived_and_nothing_reruns() {
     })
     .await;
     broker.restart();
-    let detail = ended(&*store, long).await;
-    assert_eq!((detail.summary.state, detail.attempts.len()), (JobState::Succeeded, 1));
-    daemon.ready().await;
+    tokio::time::timeout(CONSUMING_AGAIN, daemon.ready()).await.expect("it consumes again in time");
     let publisher = site.publisher().await;
     let last = site.send(&publisher, 0).await;
     succeeded(&*store, last).await;
+    let detail = ended(&*store, long).await;
+    assert_eq!((detail.summary.state, detail.attempts.len()), (JobState::Succeeded, 1));
 }
 
 #[tokio::test(flavor = "multi_thread")]

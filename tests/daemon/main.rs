@@ -3,6 +3,8 @@
 #[path = "../services/mod.rs"]
 mod services;
 
+mod broker;
+mod company;
 mod drops;
 mod errors;
 mod harness;
@@ -11,6 +13,7 @@ mod intake;
 mod life;
 mod objects;
 mod outputs;
+mod pool;
 mod reading;
 mod shared_database;
 mod supervision;

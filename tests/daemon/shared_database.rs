@@ -2,6 +2,8 @@
 //! and on the queues.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
 use apbd::job::JobId;
@@ -10,6 +12,7 @@ use futures_util::future::join_all;
 use lapin::options::BasicGetOptions;
 use serde_json::{Value, json};
 
+use crate::drops::FAILPOINTS;
 use crate::harness::{Daemon, SOON, Site, declare, settled, sql, succeeded, until, waiting};
 use crate::services::postgres::{Postgres, shared};
 use crate::services::proxy::{Fault, Proxy};
@@ -51,6 +54,27 @@ async fn replies(channel: &lapin::Channel, queue: &str) -> BTreeMap<String, BTre
         events.entry(text("job_id")).or_default().insert(text("event_id"));
     }
     events
+}
+
+/// Names in calls of the program's `failpoint::reach`.
+fn places_below(folder: &Path, found: &mut BTreeSet<String>) {
+    for entry in fs::read_dir(folder).expect("a folder").flatten() {
+        if entry.path().is_dir() {
+            places_below(&entry.path(), found);
+            continue;
+        }
+        let text = fs::read_to_string(entry.path()).expect("text");
+        let calls = text.split("failpoint::reach(\"").skip(1);
+        found.extend(calls.filter_map(|call| Some(call.split_once('"')?.0.to_owned())));
+    }
+}
+
+#[test]
+fn no_named_place_is_left_out() {
+    let mut named = BTreeSet::new();
+    places_below(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/src")), &mut named);
+    let died_at = PLACES.iter().chain(&FAILPOINTS).filter_map(|place| place.split(':').next());
+    assert_eq!(died_at.map(str::to_owned).collect::<BTreeSet<_>>(), named);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -1,8 +1,12 @@
-//! The broker over TLS: only the one whose certificate is vouched for is spoken to.
+//! The broker and the database over TLS: only the one whose certificate is vouched for is spoken to.
+
+use apbd::job::retry::RetryPolicy;
+use apbd::store::{Access, Roles, migrate, open};
 
 use crate::harness::{Site, all, succeeded, until};
 use crate::services::certificates::Certificates;
 use crate::services::free_port;
+use crate::services::postgres::Postgres;
 use crate::services::rabbitmq::RabbitMq;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -47,4 +51,23 @@ async fn a_broker_is_believed_for_its_certificate_only() {
     daemon.ready().await;
     let (store, job) = (site.store().await, site.send(&publisher, 0).await);
     succeeded(&*store, job).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_is_believed_for_its_certificate_only() {
+    let (made, mut server) = (Certificates::make(), Postgres::start());
+    let plain = server.database();
+    migrate(&plain.parse().expect("a URL"), &Roles::default()).await.expect("migrated");
+    server.restart_with_tls(&made.certificate(), &made.key());
+    let authority = made.authority().display().to_string();
+    let verified = |host: &str, authority: &str| {
+        format!("{}?sslmode=verify-full{authority}", plain.replace("127.0.0.1", host)).parse().expect("a URL")
+    };
+    let ours = format!("&sslrootcert={authority}");
+    for (host, authority) in [("localhost", ""), ("127.0.0.1", ours.as_str())] {
+        let refused = open(&verified(host, authority), Access::Client, RetryPolicy::default()).await;
+        assert!(refused.is_err(), "{host} {authority}");
+    }
+    let store = open(&verified("localhost", &ours), Access::Client, RetryPolicy::default()).await.expect("opens");
+    store.check().await.expect("it answers");
 }

@@ -1,9 +1,11 @@
 //! What is written for producers and operators, held against the program.
 
+mod chart;
 mod compose;
 mod events;
 mod folders;
 mod messages;
+mod operations;
 mod reasons;
 #[path = "../services/mod.rs"]
 mod services;

@@ -1,5 +1,6 @@
 //! `apbd run` as a user meets it: a process, the fixture model, real documents, a database that survives whatever happens.
 
+mod eval;
 mod run;
 
 use std::collections::BTreeMap;
@@ -97,6 +98,18 @@ fn a_document_cannot_end_the_turn_it_stands_in() {
     let records =
         run_in(place.path(), &[folder.path().to_owned()], &["--ask", QUESTION, "--format", "jsonl"]).records(0);
     assert_eq!(records[0]["text"], "31415");
+}
+
+#[test]
+fn a_name_is_shown_as_it_is_written() {
+    let name = "Grüße an 100 % aller – Leser.md";
+    let folder = folder(&[(name, &contract("2718", 4))]);
+    let place = TempDir::new().expect("a temporary directory");
+    let arguments = ["--ask", QUESTION, "--format", "jsonl"];
+    let records = run_in(place.path(), &[folder.path().to_owned()], &arguments).records(0);
+    assert_eq!(by_name(&records)[name]["text"], "2718");
+    let table = run_in(place.path(), &[folder.path().to_owned()], &arguments[..2]).stdout(0);
+    assert!(table.contains(name), "{table}");
 }
 
 #[test]

@@ -6,7 +6,7 @@ use std::thread::scope;
 use apbd::engine::{Driver, Engine, EngineError, Job, LocalEngine, LocalOptions, Progress};
 use apbd::generate::generator::Step;
 use apbd::generate::sampler::argmax;
-use apbd::plan::{AttentionMode, AttentionRequest, Selector};
+use apbd::plan::{AttentionMode, AttentionRequest, Execution, Placement, Selector};
 
 use super::strategies::relative_error;
 
@@ -50,13 +50,19 @@ impl Driver for Greedy {
 
 /// The `index`-th of a mixed lot: lengths, strategies and numbers of tokens differ.
 fn request(index: usize) -> (Vec<u32>, Vec<u32>, AttentionRequest, usize) {
-    let modes = [AttentionMode::Apb, AttentionMode::Full, AttentionMode::Star, AttentionMode::Ring];
+    let modes =
+        [AttentionMode::Apb, AttentionMode::Full, AttentionMode::Star, AttentionMode::Ring, AttentionMode::Ulysses];
+    let mode = modes[index % modes.len()];
     let token = |at: usize| ((at * 7 + index * 13) % 90 + 3) as u32;
     let (context, query) = (40 + 23 * index, 2 + index % 5);
     let request = AttentionRequest {
-        mode: Some(modes[index % modes.len()]),
+        mode: Some(mode),
         hosts: Some(1 + index % 6),
-        selector: index.is_multiple_of(4).then_some(Selector::QueryAware),
+        selector: (mode == AttentionMode::Apb).then_some(Selector::QueryAware),
+        execution: Execution {
+            placement: if index.is_multiple_of(3) { Placement::Paired } else { Placement::Contiguous },
+            ..Execution::default()
+        },
         ..AttentionRequest::default()
     };
     let query = (0..query).map(|at| token(at + 1000)).collect();

@@ -123,7 +123,11 @@ impl TinyModel {
             gate_up: stacked(backend, &[&layer.gate, &layer.up]),
             down: one(&layer.down),
         };
-        let heads = self.layers.iter().map(|layer| RetainingHead { w1: one(&layer.w1), w2: one(&layer.w2) });
+        let heads = self.layers.iter().map(|layer| RetainingHead {
+            width: RETAINING_WIDTH,
+            w1: one(&layer.w1),
+            w2: one(&layer.w2),
+        });
         Weights {
             embedding: one(&self.embedding),
             layers: self.layers.iter().map(layer).collect(),

@@ -32,6 +32,8 @@ pub struct Postgres {
     programs: PathBuf,
     port: u16,
     user: Option<(u32, u32)>,
+    /// Settings beside the usual ones.
+    settings: Vec<String>,
     keeper: Option<Child>,
 }
 
@@ -50,10 +52,31 @@ impl Postgres {
             chown(directory.path(), Some(user), Some(group)).expect("the directory changes hands");
         }
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o700)).expect("the directory is closed");
-        let mut server = Self { directory, programs: programs(), port: free_port(), user, keeper: None };
+        let (programs, port, settings) = (programs(), free_port(), Vec::new());
+        let mut server = Self { directory, programs, port, user, settings, keeper: None };
         server.init();
         server.restart();
         server
+    }
+
+    /// Starts it again with TLS for who asks for it.
+    pub fn restart_with_tls(&mut self, certificate: &Path, key: &Path) {
+        let files = [(certificate, "server.pem"), (key, "server.key")];
+        for (from, name) in files {
+            let to = self.directory.path().join(name);
+            fs::copy(from, &to).expect("copied");
+            fs::set_permissions(&to, fs::Permissions::from_mode(0o600)).expect("closed");
+            if let Some((user, group)) = self.user {
+                chown(&to, Some(user), Some(group)).expect("the file changes hands");
+            }
+        }
+        let path = |name: &str| self.directory.path().join(name).display().to_string();
+        self.settings = vec![
+            "ssl=on".to_owned(),
+            format!("ssl_cert_file={}", path("server.pem")),
+            format!("ssl_key_file={}", path("server.key")),
+        ];
+        self.restart();
     }
 
     /// URL of `database` for `role`.
@@ -104,6 +127,9 @@ impl Postgres {
         keeper.args(["-c", KEEPER, "sh"]).arg(self.programs.join("postgres")).arg("-D").arg(&data);
         keeper.arg("-p").arg(self.port.to_string()).arg("-k").arg(self.directory.path());
         keeper.args(["-c", "listen_addresses=127.0.0.1", "-c", "max_connections=200"]);
+        for setting in &self.settings {
+            keeper.args(["-c", setting]);
+        }
         keeper.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(log).current_dir(self.directory.path());
         self.demote(&mut keeper);
         self.keeper = Some(keeper.spawn().expect("sh runs"));

@@ -6,6 +6,7 @@ use std::fs;
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpStream};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::OnceLock;
 use std::time::Duration;
 
@@ -86,6 +87,16 @@ impl RabbitMq {
         wait_until("RabbitMQ's start", START_BOUND, || speaks_amqp(port));
     }
 
+    /// From now on it blocks every connection that publishes, as it does when its memory is full; or no more.
+    pub fn block_publishers(&self, blocked: bool) {
+        let of_memory = if blocked { "0" } else { "0.6" };
+        let mut program = Command::new(self.server.with_file_name("rabbitmqctl"));
+        program.envs(self.settings(self.directory.path())).args(["set_vm_memory_high_watermark", of_memory]);
+        let done = program.output().expect("rabbitmqctl runs");
+        let said = [done.stdout, done.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
+        assert!(done.status.success(), "{said:?}");
+    }
+
     fn settings(&self, at: &Path) -> Vec<(&'static str, String)> {
         let path = |name: &str| at.join(name).display().to_string();
         vec![
@@ -101,7 +112,11 @@ impl RabbitMq {
             ("RABBITMQ_FEATURE_FLAGS_FILE", path("feature_flags")),
             ("RABBITMQ_PID_FILE", path("pid")),
             ("RABBITMQ_CONF_ENV_FILE", "/dev/null".to_owned()),
-            ("RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS", "-kernel inet_dist_use_interface {127,0,0,1}".to_owned()),
+            // Whether a consumer holds a delivery for too long is looked at every second, not every minute.
+            (
+                "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS",
+                "-kernel inet_dist_use_interface {127,0,0,1} -rabbit channel_tick_interval 1000".to_owned(),
+            ),
             ("ERL_EPMD_PORT", self.mapper_port.to_string()),
             ("ERL_EPMD_ADDRESS", "127.0.0.1".to_owned()),
         ]

@@ -31,9 +31,18 @@ pub fn shared() -> &'static S3 {
 impl S3 {
     /// Starts a server.
     pub fn start() -> Self {
+        Self::start_with(None)
+    }
+
+    /// Starts a server with a bucket of so many objects below `drop/`.
+    pub fn with_many(bucket: &str, count: usize) -> Self {
+        Self::start_with(Some(format!("{bucket}:{count}")))
+    }
+
+    fn start_with(many: Option<String>) -> Self {
         let program = python("python").display().to_string();
         let mut server = Group::spawn(&program, &[SERVER], |command| {
-            command.stdout(Stdio::piped()).stderr(Stdio::null());
+            command.stdout(Stdio::piped()).stderr(Stdio::null()).envs(many.map(|many| ("MANY", many)));
         });
         let line = first_line(&mut server.take_stdout());
         let said: Value = serde_json::from_str(&line).unwrap_or_else(|_| panic!("the S3 server did not start: {line}"));

@@ -1,4 +1,7 @@
-"""An S3 server on a free port of the loopback interface, with one user whose signatures are checked. Says where it is in one line of JSON."""
+"""An S3 server on a free port of the loopback interface, with one user whose signatures are checked. Says where it is in one line of JSON.
+
+MANY=BUCKET:COUNT makes a bucket with so many objects below drop/ first.
+"""
 
 import json
 import os
@@ -8,7 +11,17 @@ import threading
 os.environ["INITIAL_NO_AUTH_ACTION_COUNT"] = "3"
 
 import boto3
+from moto.core import DEFAULT_ACCOUNT_ID
+from moto.s3.models import s3_backends
 from moto.server import ThreadedMotoServer
+
+if "MANY" in os.environ:
+    bucket, count = os.environ["MANY"].split(":")
+    objects = s3_backends[DEFAULT_ACCOUNT_ID]["aws"]
+    objects.create_bucket(bucket, "us-east-1")
+    for index in range(int(count)):
+        name = f"drop/{index % 10:02}/a rather long name of a document {index:06}.txt"
+        objects.put_object(bucket, name, f"Words {index}.".encode())
 
 server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
 server.start()

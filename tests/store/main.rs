@@ -1,5 +1,6 @@
 //! The store's promises, the same functions on every implementation.
 
+mod costs;
 mod drops;
 mod errors;
 mod on_postgres;
@@ -66,6 +67,9 @@ on_both! {
     latency_is_reported_by_stage;
     errors:
     every_error_has_the_fate_of_its_class;
+    costs:
+    what_inferences_take_is_learned
+    nothing_that_is_observed_is_lost;
     drops:
     a_file_is_ready_when_it_was_seen_unchanged
     a_sidecar_is_found_beside_its_document

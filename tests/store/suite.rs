@@ -7,13 +7,13 @@ use apbd::generate::StopReason;
 use apbd::job::retry::{FailureCounter, RetryPolicy, Verdict};
 use apbd::job::wire::DocumentMessage;
 use apbd::job::{
-    Digest, DocumentFacts, ErrorCode, JobError, JobId, JobMessage, JobResult, MessageLimits, OverflowHandling,
+    Attempt, Digest, DocumentFacts, ErrorCode, JobError, JobId, JobMessage, JobResult, MessageLimits, OverflowHandling,
     ResultFlags, Stage, StageTimes, Task, TokenCount, WorkerId,
 };
 use apbd::plan::{AttentionMode, Execution, Host, PrefillPlan, Selector};
 use apbd::store::{
     AttemptReport, Beat, CancelOutcome, Claim, ClaimRequest, Door, Ending, Enqueued, JobFilter, JobProgress, JobState,
-    LeaseState, NewJob, Rejection, Replay, Reply, ReportView, Store,
+    Lease, LeaseState, NewJob, Rejection, Replay, Reply, ReportView, Store,
 };
 use chrono::{TimeDelta, Utc};
 use serde_json::json;
@@ -294,7 +294,10 @@ pub async fn a_queued_job_is_cancelled_at_once_and_a_running_one_is_asked(fresh:
     let lease = store.claim(&asked).await.expect("claimed")[0].lease();
     assert_eq!(store.cancel(queued).await.expect("cancelled"), CancelOutcome::Cancelled);
     assert_eq!(store.cancel(queued).await.expect("asked"), CancelOutcome::AlreadyFinal(JobState::Cancelled));
+    assert!(store.cancels(&[lease]).await.expect("answered").is_empty(), "nobody asked yet");
     assert_eq!(store.cancel(running).await.expect("asked"), CancelOutcome::Requested);
+    let former = Lease { attempt: Attempt::new(0), ..lease };
+    assert_eq!(store.cancels(&[former, lease]).await.expect("answered"), [lease], "another attempt is not meant");
     assert_eq!(store.cancel(JobId::random()).await.expect("asked"), CancelOutcome::NotFound);
     let told = store.heartbeat(&asked.worker, LEASE, &[Beat { lease, progress: None }]).await.expect("answered");
     assert_eq!(told, [LeaseState::CancelRequested]);

@@ -1,4 +1,4 @@
-//! Keys and values in FP8 (e4m3), with a scale for every row and KV head: the arithmetic of kernels/fp8.cuh, in software.
+//! Keys and values in FP8 (e4m3), with a scale for every row and KV head: the arithmetic of kernels/passing_fp8.cu, in software.
 //!
 //! A row is `[key codes | value codes | key scales | value scales]`, its bytes in the elements of an f32 matrix.
 //!

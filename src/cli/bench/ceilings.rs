@@ -23,6 +23,8 @@ pub(super) fn measure(cuda: &Cuda, options: &Options) -> Result<Row, BackendErro
     row.insert("what".to_owned(), json!("ceilings"));
     row.insert("shape".to_owned(), json!(options.shape.as_str()));
     row.insert("device".to_owned(), json!(cuda.device_name()));
+    row.insert("head_width".to_owned(), json!(options.head_width));
+    row.insert("query".to_owned(), json!(options.query));
     row.insert("copy_gb_s".to_owned(), rounded(copy(cuda)?, 0));
     let products = [
         ("qkv_tflops", spec.shape.qkv_width(), spec.hidden),

@@ -31,6 +31,7 @@ pub(super) fn execute(what: &What) -> Result<Status, CliError> {
         }
         What::Mixed(options) => mixed::measure(options, &mut rows).map(|()| &options.common),
         What::Attention(options) => attention::measure(options, &mut rows).map(|()| options),
+        What::Plan(_) | What::Calibrate(_) => return Ok(Status::Done),
     }?;
     print(&rows, options.format)?;
     Ok(Status::Done)
@@ -138,8 +139,9 @@ pub(super) fn refusal(
 pub(super) fn row(options: &Options, plan: &PrefillPlan) -> Row {
     let json = json!({
         "what": "", "shape": options.shape.as_str(), "attention": format!("{:?}", plan.mode).to_lowercase(), "tokens": plan.context,
-        "hosts": plan.hosts.len(), "gpus": plan.active_ranks(options.gpus()), "placement": plan.execution.placement, "overlap": plan.execution.overlap,
-        "passing_type": plan.execution.passing_type
+        "hosts": plan.hosts.len(), "anchor": plan.anchor.as_ref().map_or(0, |anchor| anchor.len),
+        "passing": plan.hosts.iter().map(|host| host.compressed).max(), "gpus": plan.active_ranks(options.gpus()),
+        "placement": plan.execution.placement, "overlap": plan.execution.overlap, "passing_type": plan.execution.passing_type
     });
     json.as_object().cloned().unwrap_or_default()
 }

@@ -1,11 +1,13 @@
-//! `apbd bench`: the engine's speed on a GPU, with random weights of real models' shapes, beside the device's ceilings in the same run.
+//! `apbd bench`: the engine's speed on a GPU, with random weights of real models' shapes, beside the device's ceilings in the same run; and what follows
+//! from it for many GPUs.
 //!
-//! Invariant: every figure is measured in this process, on this device; nothing is extrapolated.
+//! Invariant: every figure of `prefill`, `decode` and `attention` is measured in this process, on this device; only `plan` predicts, and says so.
 
 #[cfg(feature = "cuda")]
 mod attention;
 #[cfg(feature = "cuda")]
 mod batch;
+mod calibrate;
 #[cfg(feature = "cuda")]
 mod ceilings;
 #[cfg(feature = "cuda")]
@@ -14,9 +16,9 @@ mod cuda;
 mod decode;
 #[cfg(feature = "cuda")]
 mod mixed;
+mod plan;
 #[cfg(feature = "cuda")]
 mod prefill;
-#[cfg(feature = "cuda")]
 mod report;
 mod shapes;
 
@@ -44,6 +46,10 @@ enum What {
     Mixed(MixedOptions),
     /// The attention kernels alone.
     Attention(Options),
+    /// What a cluster would do, predicted: time and memory of each stage and rank; the best cut of a pool into groups.
+    Plan(plan::Args),
+    /// The rates that `plan` predicts with, from measured prefills and decodes.
+    Calibrate(calibrate::Args),
 }
 
 /// Options of all benchmarks.
@@ -148,16 +154,16 @@ enum Strategy {
 }
 
 impl Args {
-    /// Measures and prints.
-    #[cfg(feature = "cuda")]
+    /// Measures or predicts, and prints.
     pub fn execute(self) -> Result<Status, CliError> {
-        cuda::execute(&self.what)
-    }
-
-    /// Says what is missing.
-    #[cfg(not(feature = "cuda"))]
-    pub fn execute(self) -> Result<Status, CliError> {
-        Err(super::device::no_cuda())
+        match &self.what {
+            What::Plan(args) => args.execute(),
+            What::Calibrate(args) => args.execute(),
+            #[cfg(feature = "cuda")]
+            what => cuda::execute(what),
+            #[cfg(not(feature = "cuda"))]
+            _ => Err(super::device::no_cuda()),
+        }
     }
 }
 
@@ -175,13 +181,7 @@ fn ranks(text: &str) -> Result<usize, String> {
 
 /// `4096`, `32k`, `1m`.
 fn tokens(text: &str) -> Result<usize, String> {
-    let (number, unit) = match text.to_ascii_lowercase() {
-        text if text.ends_with('k') => (text[..text.len() - 1].to_owned(), 1 << 10),
-        text if text.ends_with('m') => (text[..text.len() - 1].to_owned(), 1 << 20),
-        text => (text, 1),
-    };
-    let number: usize = number.parse().map_err(|_| format!("'{text}' is no number of tokens"))?;
-    number.checked_mul(unit).filter(|tokens| *tokens > 0).ok_or_else(|| format!("'{text}' is no number of tokens"))
+    crate::simulate::tokens(text).ok_or_else(|| format!("'{text}' is no number of tokens"))
 }
 
 #[cfg(test)]

@@ -1,4 +1,4 @@
-//! Shapes of published models, by name. Figures are those of their `config.json`.
+//! Shapes of published models, by name.
 //!
 //! Invariant: positions are not limited, so that lengths beyond a model's own can be measured; RoPE is unscaled, which changes no cost.
 
@@ -6,6 +6,7 @@ use clap::ValueEnum;
 
 #[cfg(feature = "cuda")]
 use crate::backend::HeadShape;
+use crate::cost::ModelShape;
 #[cfg(feature = "cuda")]
 use crate::model::{ModelSpec, Rope};
 
@@ -23,7 +24,6 @@ pub(super) enum ShapeName {
     Yi34,
 }
 
-#[cfg(feature = "cuda")]
 impl ShapeName {
     /// The name as it is given on the command line.
     pub fn as_str(self) -> &'static str {
@@ -34,29 +34,39 @@ impl ShapeName {
         }
     }
 
+    /// The sizes that decide about time and memory on a GPU.
+    pub fn cost_shape(self, head_width: usize, fp8_kept: bool) -> ModelShape {
+        let shape = ModelShape::published(self.as_str(), head_width).expect("every name here is of a published shape");
+        match fp8_kept {
+            true => shape.kept_in_fp8(),
+            false => shape,
+        }
+    }
+
     /// The shapes.
+    #[cfg(feature = "cuda")]
     pub fn spec(self) -> ModelSpec {
-        let (layers, hidden, intermediate, heads, vocab, theta, epsilon) = match self {
-            Self::Llama31 => (32, 4096, 14_336, 32, 128_256, 5e5f64, 1e-5),
-            Self::Qwen25 => (48, 5120, 13_824, 40, 152_064, 1e6, 1e-6),
-            Self::Yi34 => (60, 7168, 20_480, 56, 64_000, 1e7, 1e-5),
+        let ModelShape { layers, hidden, intermediate, heads, kv_heads, head_dim, vocab, tied_embeddings, .. } =
+            self.cost_shape(0, false);
+        let (theta, epsilon) = match self {
+            Self::Llama31 => (5e5f64, 1e-5),
+            Self::Qwen25 => (1e6, 1e-6),
+            Self::Yi34 => (1e7, 1e-5),
         };
-        let head_dim = 128;
-        let inv_freq =
-            (0..head_dim / 2).map(|i| theta.powf(-2.0 * f64::from(i) / f64::from(head_dim)) as f32).collect();
+        let frequency = |i: usize| theta.powf(-2.0 * i as f64 / head_dim as f64) as f32;
         ModelSpec {
             family: if self == Self::Qwen25 { "qwen2" } else { "llama" }.to_owned(),
             layers,
             hidden,
             intermediate,
-            shape: HeadShape { heads, kv_heads: 8, head_dim: head_dim as usize },
+            shape: HeadShape { heads, kv_heads, head_dim },
             vocab,
             epsilon,
-            rope: Rope { inv_freq, scale: 1.0 },
+            rope: Rope { inv_freq: (0..head_dim / 2).map(frequency).collect(), scale: 1.0 },
             max_positions: u32::MAX as usize,
             qkv_bias: self == Self::Qwen25,
             o_bias: false,
-            tied_embeddings: false,
+            tied_embeddings,
             stop_tokens: Vec::new(),
         }
     }

@@ -3,7 +3,7 @@
 //! Invariant: what was finished is never done again, whatever ended the run before; a document that fails costs only itself.
 
 pub(super) mod model;
-mod options;
+pub(super) mod options;
 mod output;
 mod progress;
 
@@ -42,7 +42,7 @@ const GRACE: Duration = Duration::from_secs(5);
 /// Arguments of `apbd run`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Files, and folders in which documents (text, Markdown, HTML) are looked for.
+    /// Files, and folders in which documents (text, Markdown, HTML, DOCX) are looked for.
     #[arg(required = true, value_name = "PATH")]
     paths: Vec<PathBuf>,
     #[command(flatten)]

@@ -138,12 +138,15 @@ impl JobArgs {
         if names.iter().any(|name| name.is_empty()) {
             return Err(CliError::Usage("--fields has an empty name".to_owned()));
         }
-        let properties: Map<String, Value> =
-            names.iter().map(|name| ((*name).to_owned(), json!({ "type": "string" }))).collect();
-        Ok(Some(
-            json!({ "type": "object", "properties": properties, "required": names, "additionalProperties": false }),
-        ))
+        Ok(Some(schema_of(&names)))
     }
+}
+
+/// The schema of an object that has these fields, all of them strings.
+pub(in crate::cli) fn schema_of(names: &[&str]) -> Value {
+    let properties: Map<String, Value> =
+        names.iter().map(|name| ((*name).to_owned(), json!({ "type": "string" }))).collect();
+    json!({ "type": "object", "properties": properties, "required": names, "additionalProperties": false })
 }
 
 #[cfg(test)]

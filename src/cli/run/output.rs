@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::cli::CliError;
 use crate::cli::database::print_table;
-use crate::job::{JobId, ResultFlags, Stage, Task};
+use crate::job::{DocumentUri, JobId, ResultFlags, Stage, Task};
 use crate::store::{JobDetail, JobState};
 
 use super::Format;
@@ -76,7 +76,7 @@ impl Record {
         });
         let error = summary.error.as_ref().filter(|_| summary.state != JobState::Succeeded);
         Self {
-            document: summary.document.strip_prefix("file://").unwrap_or(&summary.document).to_owned(),
+            document: named(&summary.document),
             job_id: summary.job_id,
             state: summary.state,
             done_before,
@@ -138,6 +138,14 @@ impl Record {
             (flags.schema_failed, "does not follow the schema"),
         ];
         remarks.into_iter().filter(|(holds, _)| *holds).map(|(_, remark)| remark).collect()
+    }
+}
+
+/// A document as a person would write it: of a file its path.
+fn named(uri: &str) -> String {
+    match uri.parse() {
+        Ok(DocumentUri::File { path }) => path.display().to_string(),
+        _ => uri.to_owned(),
     }
 }
 

@@ -17,7 +17,7 @@ pub(super) struct Telemetry(());
 
 impl Telemetry {
     /// Shows what alerts are about as 0 from the start: of a series that first appears as 1 Prometheus sees no increase.
-    pub fn start() -> Self {
+    pub fn start(groups: &[&str]) -> Self {
         for code in ErrorCode::ALL {
             for state in [JobState::Failed, JobState::Dead] {
                 metrics::ATTEMPTS.add(&[state.as_str(), code.as_str()], 0);
@@ -28,7 +28,9 @@ impl Telemetry {
                 }
             }
         }
-        ENGINE_ENDS.iter().for_each(|reason| metrics::ENGINE_ENDS.add(&[reason], 0));
+        for group in groups {
+            ENGINE_ENDS.iter().for_each(|reason| metrics::ENGINE_ENDS.add(&[group, reason], 0));
+        }
         ["sent", "returned", "given_up"].iter().for_each(|outcome| metrics::EVENTS.add(&[outcome], 0));
         sweep(Swept::default());
         Self(())

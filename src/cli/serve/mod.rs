@@ -3,10 +3,12 @@
 //! Start: the configuration as a whole, then the port, the database, the engine; each is waited for with words. Stop: the doors close, what
 //! is in the engine may end within the grace, the rest is handed back, events are flushed. SIGHUP: both, in this order reversed.
 //!
-//! Invariant: every task that was started has ended when this returns.
+//! Invariant: every task that was started has ended when this returns; a decoder that nobody waits for any more ends with the process.
 
+mod engines;
 mod events;
 mod gauges;
+mod learned;
 mod reload;
 
 use std::collections::BTreeMap;
@@ -21,7 +23,9 @@ use tracing::{info, warn};
 use super::run::{model, prompter};
 use super::{CliError, Status, runtime};
 use crate::config::{AmqpConfig, Config};
+use crate::cost::Observation;
 use crate::document::fetch::{AllowedSource, DocumentSource, S3Source};
+use crate::engine::Engine;
 use crate::intake::amqp::hints::HintQueue;
 use crate::intake::amqp::{AmqpIntake, Terms};
 use crate::intake::dropfolder::{DropFolder, DropPlace};
@@ -32,7 +36,7 @@ use crate::outbox::results::ResultWriter;
 use crate::pipeline::shutdown::{self, Phase, Shutdown};
 use crate::pipeline::{Parts, Pipeline, Settings};
 use crate::store::{self, Access, Store};
-use crate::supervise::{EngineOptions, SupervisedEngine};
+use crate::supervise::Pool;
 use crate::telemetry::health::{Component, Health};
 use crate::telemetry::{console, http};
 use reload::Reload;
@@ -41,6 +45,10 @@ use reload::Reload;
 const START_WAIT: Duration = Duration::from_secs(2);
 /// How long the database is waited for at the start.
 const START_WITHIN: Duration = Duration::from_secs(120);
+/// Where nothing is said: one job is prepared ahead for so many in the engines, since they do not all end at once.
+const AHEAD_PART: usize = 4;
+/// How long the end waits for a question that is being answered.
+const LAST_ANSWER: Duration = Duration::from_secs(1);
 /// Where this machine says its name.
 const HOST_NAME: &str = "/proc/sys/kernel/hostname";
 
@@ -67,13 +75,16 @@ impl Args {
         let model = model::find(config.engine.model.as_deref()).map_err(CliError::Usage)?;
         let stores = clients(&config)?;
         let (handle, shutdown) = shutdown::channel();
-        let ended = runtime()?.block_on(async {
+        let runtime = runtime()?;
+        let ended = runtime.block_on(async {
             let signals = |error| CliError::Internal(format!("signals: {error}"));
             let reload = Reload::on_hangup(self.config, handle.clone()).map_err(signals)?;
             shutdown::on_signals(handle, told).map_err(signals)?;
             serve(config, model, stores, shutdown).await.map(|()| reload)
-        })?;
-        if ended.is_asked() {
+        });
+        // A thread may be deep in a document whose job was handed back: the end does not wait for it.
+        runtime.shutdown_background();
+        if ended?.is_asked() {
             return Err(reload::start_again());
         }
         Ok(Status::Done)
@@ -98,8 +109,8 @@ async fn serve(config: Config, model: PathBuf, stores: Vec<ObjectClient>, shutdo
     let daemon = Daemon { config, stores, store, health, start };
     let ended = daemon.run(&model, shutdown).await;
     over.cancel();
-    // It only answers questions; that it failed was its asker's to see.
-    let _ = answering.await;
+    // It only answers questions; that it failed was its asker's to see, and one who asks slowly holds up no stop.
+    let _ = tokio::time::timeout(LAST_ANSWER, answering).await;
     daemon.store.close().await;
     ended
 }
@@ -134,13 +145,17 @@ struct Daemon {
 
 impl Daemon {
     async fn run(&self, model: &Path, shutdown: Shutdown) -> Result<(), CliError> {
-        let engine = self.start_engine(model).await?;
+        let (observed, observations) = learned::channel();
+        let engine = self.start_engines(model, observed).await?;
+        engine.learn(&self.store.cost_learned(&engine.info().model_digest).await?);
+        let names: Vec<&str> = self.config.engine.groups.iter().map(|group| group.name.as_str()).collect();
+        let ahead = self.config.work.ahead.unwrap_or(engine.info().concurrency / AHEAD_PART).max(1);
         let parts = Parts {
             store: self.store.clone(),
             documents: self.documents(),
             prompter: Arc::new(prompter(model)?),
             engine,
-            events: Arc::new(events::Telemetry::start()),
+            events: Arc::new(events::Telemetry::start(&names)),
         };
         let doors = self.open_doors(&shutdown);
         let flushed = CancellationToken::new();
@@ -154,12 +169,13 @@ impl Daemon {
         }
         let writing =
             writer.map(|writer| tokio::spawn(writer.run(flushed.clone().cancelled_owned(), shutdown.clone())));
+        let learning = tokio::spawn(observations.keep(self.store.clone(), flushed.clone().cancelled_owned()));
         let sampling = tokio::spawn(gauges::sample(self.store.clone(), flushed.clone().cancelled_owned()));
         self.start.ready();
         info!(worker.pid = process::id(), "serving");
-        let worked = Pipeline::new(parts, self.settings()).run(shutdown.clone()).await;
+        let worked = Pipeline::new(parts, self.settings(ahead)).run(shutdown.clone()).await;
         flushed.cancel();
-        for task in doors.into_iter().chain(outbox).chain(writing).chain([sampling]) {
+        for task in doors.into_iter().chain(outbox).chain(writing).chain([sampling, learning]) {
             if let Err(error) = task.await {
                 warn!(error.message = %error, "a task of the daemon ended badly");
             }
@@ -167,32 +183,22 @@ impl Daemon {
         worked.map_err(|error| CliError::Internal(error.to_string()))
     }
 
-    async fn start_engine(&self, model: &Path) -> Result<Arc<SupervisedEngine>, CliError> {
-        let health = self.health.component("engine");
-        let options = self.engine_options(model)?;
-        let started = tokio::task::spawn_blocking(move || SupervisedEngine::start(options, health)).await;
+    async fn start_engines(
+        &self,
+        model: &Path,
+        observed: impl Fn(Observation) + Send + Sync + 'static,
+    ) -> Result<Arc<Pool>, CliError> {
+        let groups = engines::groups(&self.config.engine, model)?;
+        let is_one = groups.len() == 1;
+        let health = |name: &str| match is_one {
+            true => self.health.component("engine"),
+            false => self.health.one_of("engine", format!("engine {name}")),
+        };
+        let groups = groups.into_iter().map(|group| (health(&group.options.group), group));
+        let groups: Vec<_> = groups.map(|(health, group)| (group, health)).collect();
+        let started = tokio::task::spawn_blocking(move || Pool::start(groups, observed)).await;
         let started = started.map_err(|error| CliError::Internal(error.to_string()))?;
         started.map(Arc::new).map_err(|reason| CliError::Unavailable(format!("the engine does not start: {reason}")))
-    }
-
-    fn engine_options(&self, model: &Path) -> Result<EngineOptions, CliError> {
-        let engine = &self.config.engine;
-        let mut options = engine.process.clone();
-        if options.program.is_empty() {
-            let own = std::env::current_exe().map_err(|error| CliError::Internal(format!("own program: {error}")))?;
-            let text = |path: &Path| path.display().to_string();
-            options.program = vec![text(&own), "engine".to_owned(), "--model".to_owned(), text(model)];
-            options.program.extend(["--backend".to_owned(), engine.backend.clone()]);
-            options.program.extend(["--kv-cache".to_owned(), engine.kv_cache.clone()]);
-            options.program.extend(["--ranks".to_owned(), engine.ranks.to_string()]);
-            if let Some(heads) = &engine.heads {
-                options.program.extend(["--heads".to_owned(), text(heads)]);
-            }
-            if let Some(threads) = engine.threads {
-                options.program.extend(["--threads".to_owned(), threads.to_string()]);
-            }
-        }
-        Ok(options)
     }
 
     fn documents(&self) -> Arc<dyn DocumentSource> {
@@ -257,13 +263,13 @@ impl Daemon {
         })
     }
 
-    fn settings(&self) -> Settings {
+    fn settings(&self, ahead: usize) -> Settings {
         let work = &self.config.work;
         let host = std::fs::read_to_string(HOST_NAME).unwrap_or_else(|_| "worker".to_owned());
         Settings {
             worker: WorkerId::unique(host.trim(), process::id()),
             lease: work.lease,
-            ahead: work.ahead,
+            ahead,
             poll: work.poll,
             only: None,
             models: self.config.engine.names.clone(),

@@ -9,7 +9,6 @@
 //! Invariant: every word comes from the page; scripts, styles, navigation, controls and hidden elements leave none.
 
 mod elements;
-mod writer;
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -20,9 +19,9 @@ use html5ever::tokenizer::{
     TokenSinkResult, Tokenizer,
 };
 
+use super::writer::{Origin, Writer};
 use super::{DecodeError, Text};
 use elements::Role;
-use writer::{Origin, Writer};
 
 /// Elements open at a time; deeper ones are read as if they had no tags.
 const MAX_DEPTH: usize = 512;

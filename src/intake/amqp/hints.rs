@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use futures_util::StreamExt;
-use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions};
+use lapin::options::{BasicAckOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions};
 use lapin::types::FieldTable;
 use tokio::sync::mpsc;
 use tracing::{info, warn};
@@ -47,6 +47,15 @@ impl HintQueue {
                 () = tokio::time::sleep(wait) => wait = (wait * 2).min(RECONNECT.1),
             }
         }
+    }
+
+    /// Whether somebody has declared it.
+    pub async fn is_there(&self) -> Result<(), AmqpError> {
+        let connection = self.broker.connect(&Health::default().component("events")).await?;
+        let channel = self.broker.step("open a channel", connection.create_channel()).await?;
+        let options = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+        let asked = channel.queue_declare(self.queue.as_str().into(), options, FieldTable::default());
+        self.broker.step("look for the queue of events", asked).await.map(drop)
     }
 
     async fn listen(&self, hints: &mpsc::Sender<Vec<u8>>, wait: &mut Duration) -> Result<(), AmqpError> {

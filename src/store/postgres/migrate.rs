@@ -58,7 +58,7 @@ async fn version(connection: &mut PgConnection) -> Result<Option<i64>, sqlx::Err
 }
 
 async fn grant(connection: &mut PgConnection, roles: &Roles) -> Result<(), sqlx::Error> {
-    let tables = "jobs, attempts, documents, results, outbox, rejections, drop_files, export_places, exports, endings_hourly, stage_times";
+    let tables = "jobs, attempts, documents, results, outbox, rejections, drop_files, export_places, exports, endings_hourly, stage_times, learned_rates";
     let views = ReportView::ALL.map(|view| format!("report_{}", view.as_str())).join(", ");
     let mut statements = Vec::new();
     for role in [&roles.app, &roles.reporter].into_iter().flatten() {

@@ -6,6 +6,7 @@
 //!
 //! Invariant: every time is the database's; no statement and no lock lasts longer than the server is told to allow.
 
+mod costs;
 mod drops;
 mod error;
 mod exports;
@@ -132,6 +133,10 @@ impl Store for PostgresStore {
 
     async fn cancel(&self, job: JobId) -> Result<CancelOutcome, StoreError> {
         self.cancel_job(job).await
+    }
+
+    async fn cancels(&self, held: &[Lease]) -> Result<Vec<Lease>, StoreError> {
+        self.asked_to_stop(held).await
     }
 
     async fn replay(&self, what: &Replay) -> Result<u64, StoreError> {

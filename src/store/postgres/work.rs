@@ -15,7 +15,8 @@ use super::rows::{attempt, failures, interval, lease};
 use crate::job::retry::Verdict;
 use crate::job::{ErrorCode, JobError, JobId, StageTimes, WorkerId};
 use crate::store::{
-    AttemptReport, Beat, CancelOutcome, Claim, ClaimRequest, Ending, JobState, LeaseState, Replay, StoreError, Swept,
+    AttemptReport, Beat, CancelOutcome, Claim, ClaimRequest, Ending, JobState, Lease, LeaseState, Replay, StoreError,
+    Swept,
 };
 
 /// In the order of the index `jobs_to_claim`, whose first rows that nobody else is claiming are taken.
@@ -44,6 +45,9 @@ UPDATE jobs SET lease_until = clock_timestamp() + $4, progress = coalesce(beat.p
 FROM unnest($1::uuid[], $2::integer[], $3::jsonb[]) AS beat (job_id, attempt, progress) \
 WHERE jobs.job_id = beat.job_id AND jobs.attempt = beat.attempt AND jobs.worker = $5 AND jobs.state = 'running' \
 RETURNING jobs.job_id, jobs.attempt, jobs.cancel_requested";
+
+const ASKED_TO_STOP: &str =
+    "SELECT job_id, attempt FROM jobs WHERE job_id = ANY($1) AND cancel_requested AND state = 'running'";
 
 /// One at a time and each in a transaction of its own, so that several sweepers share the work and block nobody.
 const ORPHAN: &str = "\
@@ -134,6 +138,12 @@ impl PostgresStore {
         };
         self.commit("cancel", transaction).await?;
         Ok(outcome)
+    }
+
+    pub(super) async fn asked_to_stop(&self, held: &[Lease]) -> Result<Vec<Lease>, StoreError> {
+        let asked = sqlx::query(ASKED_TO_STOP).bind(held.iter().map(|lease| lease.job.uuid()).collect::<Vec<_>>());
+        let rows = asked.fetch_all(&self.heartbeats).await.map_err(|error| self.error("cancels", error))?;
+        Ok(rows.iter().map(lease).filter(|lease| held.contains(lease)).collect())
     }
 
     pub(super) async fn replay_jobs(&self, what: &Replay) -> Result<u64, StoreError> {

@@ -2,6 +2,7 @@
 //!
 //! Invariant: one worker process at a time, by a lock on a file beside the database; every change is one `BEGIN IMMEDIATE` transaction.
 
+mod costs;
 mod drops;
 mod exports;
 mod finish;
@@ -144,6 +145,10 @@ impl Store for SqliteStore {
 
     async fn cancel(&self, job: JobId) -> Result<CancelOutcome, StoreError> {
         self.cancel_job(job).await
+    }
+
+    async fn cancels(&self, held: &[Lease]) -> Result<Vec<Lease>, StoreError> {
+        self.asked_to_stop(held).await
     }
 
     async fn replay(&self, what: &Replay) -> Result<u64, StoreError> {

@@ -51,6 +51,10 @@ const RENEW: &str = concat!(
     "RETURNING cancel_requested"
 );
 
+/// `$1` is a JSON list.
+const ASKED_TO_STOP: &str = "SELECT job_id, attempt FROM jobs \
+    WHERE job_id IN (SELECT value FROM json_each($1)) AND cancel_requested AND state = 'running'";
+
 /// Jobs whose worker is gone: all running ones if `$1`, else those whose lease has expired.
 const ORPHANS: &str = concat!(
     "SELECT job_id, attempt, suspect_failures, infra_failures, cancel_requested FROM jobs WHERE state = 'running' AND ($1 OR lease_until < ",
@@ -161,6 +165,14 @@ impl SqliteStore {
         };
         self.commit("cancel", transaction).await?;
         Ok(outcome)
+    }
+
+    pub(super) async fn asked_to_stop(&self, held: &[Lease]) -> Result<Vec<Lease>, StoreError> {
+        let jobs: Vec<JobId> = held.iter().map(|lease| lease.job).collect();
+        let rows = sqlx::query(ASKED_TO_STOP).bind(json!(jobs).to_string()).fetch_all(&self.pool).await;
+        let rows = rows.map_err(|error| self.error("cancels", error))?;
+        let leases: Vec<Lease> = rows.iter().map(|row| self.lease_of("cancels", row)).collect::<Result<_, _>>()?;
+        Ok(leases.into_iter().filter(|lease| held.contains(lease)).collect())
     }
 
     pub(super) async fn replay_jobs(&self, what: &Replay) -> Result<u64, StoreError> {

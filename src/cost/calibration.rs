@@ -1,0 +1,143 @@
+//! How fast a device and its network are: the rates that predictions divide by, and those of an H100.
+//!
+//! Invariant: every rate is positive and finite; where one comes from is said beside it.
+
+use serde::{Deserialize, Serialize};
+
+/// Rates of a device and of the network between devices.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Calibration {
+    /// The device it was measured on.
+    pub device: String,
+    /// Bytes of a device that weights and inferences may use.
+    pub memory_bytes: u64,
+    /// Rates of the operations.
+    pub rates: Rates,
+    /// Between the devices.
+    pub network: Network,
+}
+
+/// Rates of one device.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rates {
+    /// TFLOP/s of the projection to queries, keys and values.
+    pub qkv_tflops: f64,
+    /// TFLOP/s of the output projection.
+    pub o_tflops: f64,
+    /// TFLOP/s of the MLP, its activation included.
+    pub ffn_tflops: f64,
+    /// TFLOP/s of retaining heads, the selection of tokens included.
+    pub retaining_head_tflops: f64,
+    /// TFLOP/s of attention over one long causal block.
+    pub causal_tflops: f64,
+    /// TFLOP/s of attention over lists of segments: hosts with anchors and passing blocks.
+    pub segments_tflops: f64,
+    /// GB/s of operations bound by memory, read and written bytes together.
+    pub memory_gb_s: f64,
+    /// GB/s of weights, keys and values read by a pass of few rows.
+    pub decode_gb_s: f64,
+    /// GB/s of keys and values kept in FP8, in the bytes that they have there.
+    pub decode_fp8_gb_s: f64,
+    /// Microseconds of a layer that a pass of few rows needs beyond what its bytes take: starts and ends of its launches.
+    pub layer_us: f64,
+}
+
+/// What connects the devices.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Network {
+    /// Devices of a node.
+    pub gpus_per_node: usize,
+    /// Between devices of a node.
+    pub within: Link,
+    /// Between nodes, for each device.
+    pub between: Link,
+    /// Whether it was measured; else it is what the hardware's makers and users say of such links.
+    pub measured: bool,
+}
+
+/// One device's end of a link.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Link {
+    /// Microseconds until the first byte of a collective's step arrives.
+    pub latency_us: f64,
+    /// GB/s in one direction.
+    pub gb_s: f64,
+}
+
+/// A calibration that can not be used.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum CalibrationError {
+    /// A rate that nothing can be divided by.
+    #[error("{field} is {value}; it has to be a positive number")]
+    Rate { field: &'static str, value: f64 },
+    /// Sizes that are not there.
+    #[error("{field} is 0")]
+    Zero { field: &'static str },
+}
+
+impl Calibration {
+    /// An H100 80GB HBM3 as measured with the Llama-3.1-8B shape (`kernels/README.md` has the figures and the runs). The links are not measured:
+    /// NVLink of the fourth generation has 450 GB/s in one direction, of which large collectives reach about 80 %; one 400 Gbit/s adapter a device has 50.
+    pub fn h100() -> Self {
+        Self {
+            device: "NVIDIA H100 80GB HBM3".to_owned(),
+            memory_bytes: 78 << 30,
+            rates: Rates {
+                qkv_tflops: 707.0,
+                o_tflops: 721.0,
+                ffn_tflops: 674.0,
+                retaining_head_tflops: 371.0,
+                causal_tflops: 661.0,
+                segments_tflops: 603.0,
+                memory_gb_s: 2700.0,
+                decode_gb_s: 2968.0,
+                decode_fp8_gb_s: 690.0,
+                layer_us: 27.0,
+            },
+            network: Network {
+                gpus_per_node: 8,
+                within: Link { latency_us: 10.0, gb_s: 360.0 },
+                between: Link { latency_us: 20.0, gb_s: 45.0 },
+                measured: false,
+            },
+        }
+    }
+
+    /// Checks what a file or a person said.
+    pub fn check(&self) -> Result<(), CalibrationError> {
+        let rates = &self.rates;
+        let network = &self.network;
+        let positive = [
+            ("rates.qkv_tflops", rates.qkv_tflops),
+            ("rates.o_tflops", rates.o_tflops),
+            ("rates.ffn_tflops", rates.ffn_tflops),
+            ("rates.retaining_head_tflops", rates.retaining_head_tflops),
+            ("rates.causal_tflops", rates.causal_tflops),
+            ("rates.segments_tflops", rates.segments_tflops),
+            ("rates.memory_gb_s", rates.memory_gb_s),
+            ("rates.decode_gb_s", rates.decode_gb_s),
+            ("rates.decode_fp8_gb_s", rates.decode_fp8_gb_s),
+            ("network.within.gb_s", network.within.gb_s),
+            ("network.between.gb_s", network.between.gb_s),
+        ];
+        let latencies = [
+            ("rates.layer_us", rates.layer_us),
+            ("network.within.latency_us", network.within.latency_us),
+            ("network.between.latency_us", network.between.latency_us),
+        ];
+        let wrong = positive.into_iter().find(|(_, value)| !(value.is_finite() && *value > 0.0));
+        let wrong = wrong.or_else(|| latencies.into_iter().find(|(_, value)| !(value.is_finite() && *value >= 0.0)));
+        if let Some((field, value)) = wrong {
+            return Err(CalibrationError::Rate { field, value });
+        }
+        match () {
+            () if self.memory_bytes == 0 => Err(CalibrationError::Zero { field: "memory_bytes" }),
+            () if network.gpus_per_node == 0 => Err(CalibrationError::Zero { field: "network.gpus_per_node" }),
+            () => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,56 @@
+//! The thread that keeps a child there: whatever ended the last one, and whether there is work or not.
+//!
+//! Invariant: only this thread starts children after the first; while the breaker is open it starts none.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use super::process::Process;
+use super::state::Supervisor;
+
+/// Pause between two tries to start a child, while the breaker allows them.
+const START_PAUSE: Duration = Duration::from_secs(1);
+/// How often a child that nobody speaks to is looked at.
+const LOOK: Duration = Duration::from_millis(250);
+
+/// Keeps a child there until nobody needs it.
+pub(super) fn keep(supervisor: &Arc<Supervisor>) {
+    let mut not_before = Instant::now();
+    while !supervisor.stop.load(Ordering::Relaxed) {
+        if let Some(process) = idle_and_ended(supervisor) {
+            supervisor.give_up(&process, "died_idle", "it ended while it was idle", None);
+        }
+        let state = supervisor.state();
+        let closed = state.breaker.open_for(Instant::now());
+        let left = closed.unwrap_or_default().max(not_before.saturating_duration_since(Instant::now()));
+        if state.process().is_some() || !left.is_zero() {
+            let wait = if state.process().is_some() { LOOK } else { left.min(LOOK) };
+            drop(supervisor.wait(state, wait));
+            continue;
+        }
+        drop(state);
+        start(supervisor);
+        not_before = Instant::now() + START_PAUSE;
+    }
+}
+
+/// A child that ended with nobody in it who would notice.
+fn idle_and_ended(supervisor: &Supervisor) -> Option<Arc<Process>> {
+    let state = supervisor.state();
+    state.process().filter(|process| state.flights.running() == 0 && process.has_ended()).cloned()
+}
+
+fn start(supervisor: &Supervisor) {
+    let options = &supervisor.options;
+    let started = Process::start(&options.program, options.start_within, options.silence_floor, &supervisor.stop);
+    match started {
+        Ok((process, info)) if info.model_digest == supervisor.info.model_digest => supervisor.started(process, &info),
+        Ok(_) => {
+            let reason = "its model is not the one the daemon started with; restart the daemon";
+            supervisor.not_started(reason.to_owned());
+        }
+        Err(_) if supervisor.stop.load(Ordering::Relaxed) => {}
+        Err(reason) => supervisor.not_started(reason),
+    }
+}
