@@ -8,7 +8,7 @@ use std::sync::Arc;
 use clap::ValueEnum;
 
 use super::CliError;
-use super::node::NodeArgs;
+use super::place::NodeArgs;
 use crate::engine::devices::Devices;
 use crate::engine::{Engine, LocalEngine, LocalOptions, ModelEngine};
 

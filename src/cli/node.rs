@@ -1,89 +1,128 @@
-//! One document over several machines: which of them this is, and where they meet.
+//! `apbd node`: another node than the first of a group on several. It takes no jobs: its engine does what the first node's decides.
 //!
-//! Invariant: the token never stands on a command line.
+//! The first node's daemon says in the database that its engine waits; this one then starts its own, and again whenever the first is started again.
+//!
+//! Invariant: an engine's token is used once: what it was good for is over when the engine has ended.
 
+use std::path::PathBuf;
+use std::process::Stdio;
 use std::time::Duration;
 
-use super::CliError;
-use crate::comm::hub::Place;
+use tokio::process::Command;
+use tracing::{info, warn};
 
-/// Options of a group on several nodes. Given by `apbd serve` to the engine's process; by hand for experiments.
-#[derive(Debug, Clone, clap::Args)]
-pub(super) struct NodeArgs {
-    /// Nodes that work on a document together, each with as many ranks.
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
-    nodes: u16,
-    /// Number of this node; the first is 0, and the others do what it decides.
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    node: u16,
-    /// Where the nodes meet: the first node's address and port, as the others reach it.
-    #[arg(long, value_name = "HOST:PORT")]
-    hub: Option<String>,
-    /// Where the first node listens for them; by default at the address of `--hub`.
-    #[arg(long, value_name = "ADDRESS:PORT")]
-    hub_listen: Option<String>,
-    /// Seconds until all nodes have to be there.
-    #[arg(long, value_name = "SECONDS", default_value_t = 300)]
-    hub_start_s: u64,
-    /// What keeps nodes of other groups out, and those of an earlier time; the same on all nodes.
-    #[arg(long, env = "APBD_HUB_TOKEN", hide = true, hide_env_values = true, default_value = "")]
-    hub_token: String,
+use super::place::TOKEN_VARIABLE;
+use super::run::model;
+use super::serve::{engines, load};
+use super::{CliError, Status, runtime};
+use crate::config::{Config, GroupConfig, NodesConfig};
+use crate::pipeline::shutdown::{self, Phase, Shutdown};
+use crate::store::{self, Access, Store};
+
+/// Between two looks whether the first node waits.
+const LOOK: Duration = Duration::from_secs(1);
+
+/// Arguments of `apbd node`.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Configuration (TOML), the same as that of `apbd serve` on the first node.
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Which group; it can be left out where one alone is on several nodes.
+    #[arg(long, value_name = "NAME")]
+    group: Option<String>,
+    /// Number of this node: 1 or more, the first one serves.
+    #[arg(long, value_name = "N", env = "APBD_NODE")]
+    node: usize,
 }
 
-impl NodeArgs {
-    /// Whether this is another node than the first.
-    pub fn is_follower(&self) -> bool {
-        self.nodes > 1 && self.node > 0
+impl Args {
+    /// Follows the first node until told to stop.
+    pub fn execute(self) -> Result<Status, CliError> {
+        let config = load(&self.config)?;
+        let (group, nodes) = self.place(&config)?;
+        let model = model::find(config.engine.model.as_deref()).map_err(CliError::Usage)?;
+        let program = engines::program(&config.engine, group, &model)?;
+        let program = [program, engines::place(nodes, self.node)].concat();
+        let (handle, shutdown) = shutdown::channel();
+        runtime()?.block_on(async {
+            let told = |phase: Phase| info!(node.phase = ?phase, "told to stop");
+            shutdown::on_signals(handle, told).map_err(|error| CliError::Internal(format!("signals: {error}")))?;
+            let store = store::open(&config.database, Access::Client, config.work.retry).await?;
+            follow(&*store, &nodes.address, &program, &shutdown).await;
+            store.close().await;
+            Ok(Status::Done)
+        })
     }
 
-    /// This node's place; none where there is one node.
-    pub fn place(&self) -> Result<Option<Place>, CliError> {
-        if self.nodes == 1 {
-            return Ok(None);
-        }
-        if self.node >= self.nodes {
-            let reason = format!("--node {}: of {} nodes the last has number {}", self.node, self.nodes, self.nodes - 1);
+    /// The group that this node is of.
+    fn place<'a>(&self, config: &'a Config) -> Result<(&'a GroupConfig, &'a NodesConfig), CliError> {
+        let is_wanted = |group: &&GroupConfig| self.group.as_ref().is_none_or(|name| *name == group.name);
+        let on_nodes = |group: &'a GroupConfig| Some((group, group.nodes.as_ref()?));
+        let mut found = config.engine.groups.iter().filter(is_wanted).filter_map(on_nodes);
+        let (Some((group, nodes)), None) = (found.next(), found.next()) else {
+            let reason =
+                "--group: the configuration has to have one [[pool.group]] of that name with nodes = 2 or more";
+            return Err(CliError::Usage(reason.to_owned()));
+        };
+        if self.node == 0 || self.node >= nodes.count {
+            let reason = format!(
+                "--node {}: group {} has nodes 1 to {} beside the first",
+                self.node,
+                group.name,
+                nodes.count - 1
+            );
             return Err(CliError::Usage(reason));
         }
-        let Some(address) = self.hub.clone() else {
-            return Err(CliError::Usage("--nodes: --hub is missing, the address of the first node".to_owned()));
-        };
-        Ok(Some(Place {
-            node: self.node.into(),
-            nodes: self.nodes.into(),
-            listen: self.hub_listen.clone().unwrap_or_else(|| address.clone()),
-            address,
-            token: self.hub_token.clone(),
-            start: Duration::from_secs(self.hub_start_s),
-        }))
+        Ok((group, nodes))
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use clap::Parser;
-
-    use super::*;
-
-    #[derive(Parser)]
-    struct Line {
-        #[command(flatten)]
-        nodes: NodeArgs,
+/// Has an engine at work whenever the first node waits for one.
+async fn follow(store: &dyn Store, address: &str, program: &[String], shutdown: &Shutdown) {
+    let mut used = None;
+    info!(node.hub = address, "waiting for the first node");
+    loop {
+        match store.meeting_look(address).await {
+            Ok(Some(token)) if used.as_ref() != Some(&token) => {
+                tokio::select! {
+                    () = shutdown.draining() => return,
+                    () = work(program, &token) => {}
+                }
+                used = Some(token);
+            }
+            Ok(_) => {}
+            Err(error) => warn!(error.message = %error, "the database does not say where to meet"),
+        }
+        tokio::select! {
+            () = shutdown.draining() => return,
+            () = tokio::time::sleep(LOOK) => {}
+        }
     }
+}
 
-    fn place(arguments: &[&str]) -> Result<Option<Place>, String> {
-        let line = Line::try_parse_from([&["apbd"], arguments].concat()).map_err(|error| error.to_string())?;
-        line.nodes.place().map_err(|error| error.to_string())
-    }
-
-    #[test]
-    fn several_nodes_need_a_place_to_meet_and_a_number_each() {
-        assert_eq!(place(&[]), Ok(None));
-        assert!(place(&["--nodes", "2"]).unwrap_err().contains("--hub is missing"));
-        assert!(place(&["--nodes", "2", "--node", "2", "--hub", "a:1"]).unwrap_err().contains("the last has number 1"));
-        let first = place(&["--nodes", "2", "--hub", "a:1", "--hub-listen", "0.0.0.0:1"]).unwrap().unwrap();
-        assert_eq!((first.node, &*first.listen, &*first.address), (0, "0.0.0.0:1", "a:1"));
-        let second = place(&["--nodes", "2", "--node", "1", "--hub", "a:1"]).unwrap().unwrap();
-        assert_eq!((second.node, &*second.listen), (1, "a:1"));
+/// Runs an engine to its end.
+async fn work(program: &[String], token: &str) {
+    let started = Command::new(&program[0])
+        .args(&program[1..])
+        .env(TOKEN_VARIABLE, token)
+        // It ends when this process does.
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .kill_on_drop(true)
+        .spawn();
+    match started {
+        Ok(mut engine) => {
+            info!(engine.pid = engine.id(), "the engine is started");
+            let input = engine.stdin.take();
+            let ended = engine.wait().await;
+            drop(input);
+            match ended {
+                Ok(status) if status.success() => info!("the first node has no more to do"),
+                Ok(status) => warn!(engine.status = %status, "the engine ended; the first node's is started anew"),
+                Err(error) => warn!(error.message = %error, "the engine's end is not known"),
+            }
+        }
+        Err(error) => warn!(error.message = %error, program = program[0], "the engine could not be started"),
     }
 }

@@ -71,11 +71,7 @@ impl<D: Devices> Model<D> {
 
 impl<D: Devices> Model<D> {
     /// The ranks of this process.
-    fn ranks<'a>(
-        &'a self,
-        backends: &'a [Arc<D::Backend>],
-        comms: Vec<D::Comm>,
-    ) -> Vec<Rank<'a, D::Backend, D::Comm>> {
+    fn ranks<'a>(&'a self, backends: &'a [Arc<D::Backend>], comms: Vec<D::Comm>) -> Vec<Rank<'a, D::Backend, D::Comm>> {
         let rank = |(index, (backend, comm)): (usize, (&'a Arc<D::Backend>, D::Comm))| Rank {
             backend: &**backend,
             comm,
@@ -89,7 +85,9 @@ impl<D: Devices> Model<D> {
     pub fn follow(&self, limits: &Limits) -> Result<(), EngineError> {
         let Connected { members, side } = self.devices.connect()?;
         let Some(Side::Other(told)) = side else {
-            return Err(EngineError::Input { reason: "this node is the first of its group, or the only one".to_owned() });
+            return Err(EngineError::Input {
+                reason: "this node is the first of its group, or the only one".to_owned(),
+            });
         };
         let (backends, comms): (Vec<_>, Vec<_>) = members.into_iter().unzip();
         follow_first_node(self.ranks(&backends, comms), told, pass_rows(limits))

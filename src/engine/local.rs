@@ -125,8 +125,8 @@ impl Devices for CpuDevices {
         let failed = |reason: String| EngineError::Device { reason };
         let (ends, side) = match &self.place {
             Some(place) => {
-                let (ends, side) = LocalComm::group_at(place, self.ranks, PEER_DEADLINE)
-                    .map_err(|error| failed(error.to_string()))?;
+                let (ends, side) =
+                    LocalComm::group_at(place, self.ranks, PEER_DEADLINE).map_err(|error| failed(error.to_string()))?;
                 (ends, Some(side))
             }
             None => (LocalComm::group(self.ranks, PEER_DEADLINE), None),

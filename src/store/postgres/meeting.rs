@@ -1,33 +1,30 @@
-//! Meeting places of groups.
+//! Where the nodes of a group meet.
 //!
-//! Invariant: one place a group.
+//! Invariant: one token an address.
 
 use std::time::Duration;
 
 use async_trait::async_trait;
-use sqlx::Row;
 
 use super::PostgresStore;
 use super::rows::interval;
-use crate::store::{MeetingPlace, MeetingStore, StoreError};
+use crate::store::{MeetingStore, StoreError};
 
 const SAY: &str = "\
-INSERT INTO meeting_places (group_name, address, token, valid_until) VALUES ($1, $2, $3, now() + $4) \
-ON CONFLICT (group_name) DO UPDATE SET address = excluded.address, token = excluded.token, valid_until = excluded.valid_until";
+INSERT INTO meeting_places (address, token, valid_until) VALUES ($1, $2, now() + $3) \
+ON CONFLICT (address) DO UPDATE SET token = excluded.token, valid_until = excluded.valid_until";
 
-const LOOK: &str = "SELECT address, token FROM meeting_places WHERE group_name = $1 AND valid_until > now()";
+const LOOK: &str = "SELECT token FROM meeting_places WHERE address = $1 AND valid_until > now()";
 
 #[async_trait]
 impl MeetingStore for PostgresStore {
-    async fn meeting_say(&self, group: &str, place: &MeetingPlace, valid_for: Duration) -> Result<(), StoreError> {
-        let query = sqlx::query(SAY).bind(group).bind(&place.address).bind(&place.token);
-        let said = query.bind(interval(valid_for)).execute(&self.pool).await;
-        said.map(drop).map_err(|error| self.error("meeting_say", error))
+    async fn meeting_say(&self, address: &str, token: &str, valid_for: Duration) -> Result<(), StoreError> {
+        let query = sqlx::query(SAY).bind(address).bind(token).bind(interval(valid_for));
+        query.execute(&self.pool).await.map(drop).map_err(|error| self.error("meeting_say", error))
     }
 
-    async fn meeting_look(&self, group: &str) -> Result<Option<MeetingPlace>, StoreError> {
-        let row = sqlx::query(LOOK).bind(group).fetch_optional(&self.pool).await;
-        let row = row.map_err(|error| self.error("meeting_look", error))?;
-        Ok(row.map(|row| MeetingPlace { address: row.get("address"), token: row.get("token") }))
+    async fn meeting_look(&self, address: &str) -> Result<Option<String>, StoreError> {
+        let token = sqlx::query_scalar(LOOK).bind(address).fetch_optional(&self.pool).await;
+        token.map_err(|error| self.error("meeting_look", error))
     }
 }
