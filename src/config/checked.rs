@@ -129,7 +129,10 @@ pub(super) fn check(raw: Raw, faults: &mut Vec<String>) -> Option<Config> {
     let listen = http.listen.unwrap_or_else(|| "127.0.0.1:9464".to_owned());
     let listen = parsed::<SocketAddr>("[http] listen", &listen, faults);
     for (_, group) in &mut groups {
-        group.address = group.address.take().or_else(|| hub_address.clone().filter(|_| group.nodes.is_some()));
+        group.address = group
+            .address
+            .take()
+            .or_else(|| hub_address.clone().filter(|_| group.nodes.is_some_and(|nodes| nodes != 1)));
     }
     let engine = check_engine(engine, groups, faults);
     let work = check_work(work, faults);
