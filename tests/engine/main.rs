@@ -12,6 +12,7 @@ mod goldens;
 mod instrumented;
 mod memory;
 mod models;
+mod nodes;
 mod oracle;
 mod runs;
 mod service;

@@ -77,7 +77,8 @@ fn a_node_that_never_comes_is_named_on_the_first_node_and_on_those_that_came() {
     std::thread::scope(|scope| {
         let waits = scope.spawn(|| LocalComm::group_at(&second, 1, PATIENT).map(drop));
         let refused = LocalComm::group_at(&first, 1, PATIENT).map(drop).unwrap_err().to_string();
-        assert!(refused.contains("of 3 nodes number 1, 2 did not come within 0 s"), "{refused}");
+        // The second may have come by then.
+        assert!(refused.contains("of 3 nodes number") && refused.contains("2 did not come within"), "{refused}");
         assert!(waits.join().unwrap().is_err());
     });
     assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
