@@ -103,7 +103,7 @@ mod tests {
 
     fn plan(context: usize) -> PrefillPlan {
         let capabilities = Capabilities { has_retaining_heads: true, max_hosts: 8 };
-        let request = AttentionRequest { mode: Some(AttentionMode::Full), ..AttentionRequest::default() };
+        let request = AttentionRequest { mode: Some(AttentionMode::Apb), ..AttentionRequest::default() };
         PrefillPlan::new(context, 10, 1, &request, capabilities).expect("a plan")
     }
 

@@ -1,6 +1,7 @@
 //! Counted work against the formulas of the paper, and the laws that predictions have to follow.
 
 mod measured;
+mod two_gpus;
 
 use super::{Calibration, CostModel, Exchange, LayerWork, ModelShape, PrefillCost};
 use crate::plan::{AttentionMode, AttentionRequest, Capabilities, Execution, Placement, PrefillPlan, Selector};
