@@ -94,13 +94,13 @@ mod tests {
             "--passing-type",
             "fp8",
             "--query-with-context",
-            "off",
+            "on",
         ]);
         let expected = Execution {
             placement: Placement::Paired,
             overlap: false,
             passing_type: PassingType::Fp8,
-            query_with_context: false,
+            query_with_context: true,
         };
         assert_eq!(all, expected);
     }
