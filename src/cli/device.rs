@@ -8,7 +8,9 @@ use std::sync::Arc;
 use clap::ValueEnum;
 
 use super::CliError;
-use crate::engine::{Engine, LocalEngine, LocalOptions};
+use super::place::NodeArgs;
+use crate::engine::devices::Devices;
+use crate::engine::{Engine, LocalEngine, LocalOptions, ModelEngine};
 
 /// Options of the device.
 #[derive(Debug, Clone, clap::Args)]
@@ -28,6 +30,12 @@ pub(super) struct DeviceArgs {
     /// CPU threads of all ranks together; by default as many as the machine has.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,
+    /// Documents to work on at a time: one is read while others are written about. By default as many as make sense (cuda), a few (the daemon's
+    /// engines on the CPU), or one after the other (`apbd run` on the CPU, where several at a time gain nothing).
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub concurrency: Option<u16>,
+    #[command(flatten)]
+    pub nodes: NodeArgs,
 }
 
 /// Backends of `--backend`.
@@ -72,9 +80,35 @@ impl DeviceArgs {
     /// Opens a model where the options say.
     pub fn open(&self, model: &Path, heads: Option<&Path>) -> Result<Arc<dyn Engine>, CliError> {
         match self.backend {
-            BackendName::Cpu => Ok(Arc::new(self.open_cpu(model, heads)?)),
+            BackendName::Cpu => self.joined(self.open_cpu(model, heads)?),
             BackendName::Cuda => self.open_any_cuda(model, heads),
         }
+    }
+
+    /// As they are, but that the processor takes one document after the other unless it is told otherwise.
+    pub fn one_by_one_on_cpu(&self) -> Self {
+        let one = (self.backend == BackendName::Cpu).then_some(1);
+        Self { concurrency: self.concurrency.or(one), ..self.clone() }
+    }
+
+    /// An engine on several nodes waits for the others before it is ready.
+    fn joined<D: Devices>(&self, engine: ModelEngine<D>) -> Result<Arc<dyn Engine>, CliError> {
+        if self.nodes.place()?.is_some() {
+            engine.join().map_err(|error| CliError::Internal(error.to_string()))?;
+        }
+        Ok(Arc::new(engine))
+    }
+
+    /// On another node than the first: does what that decides.
+    pub fn follow(&self, model: &Path, heads: Option<&Path>) -> Result<(), CliError> {
+        let followed = match self.backend {
+            BackendName::Cpu => self.open_cpu(model, heads)?.follow(),
+            #[cfg(feature = "cuda")]
+            BackendName::Cuda => self.open_cuda(model, heads)?.follow(),
+            #[cfg(not(feature = "cuda"))]
+            BackendName::Cuda => return Err(no_cuda()),
+        };
+        followed.map_err(|error| CliError::Internal(error.to_string()))
     }
 
     /// Opens a model on the CPU.
@@ -88,12 +122,14 @@ impl DeviceArgs {
         let mut options =
             LocalOptions { heads: heads.map(Path::to_owned), ranks: self.ranks.into(), ..LocalOptions::default() };
         options.threads = self.threads.map_or(options.threads, usize::from);
+        options.concurrency = self.concurrency.map_or(options.concurrency, usize::from);
+        options.place = self.nodes.place()?;
         LocalEngine::open(model, &options).map_err(|error| CliError::Usage(error.to_string()))
     }
 
     #[cfg(feature = "cuda")]
     fn open_any_cuda(&self, model: &Path, heads: Option<&Path>) -> Result<Arc<dyn Engine>, CliError> {
-        Ok(Arc::new(self.open_cuda(model, heads)?))
+        self.joined(self.open_cuda(model, heads)?)
     }
 
     #[cfg(not(feature = "cuda"))]
@@ -108,6 +144,8 @@ impl DeviceArgs {
         let mut options =
             crate::engine::CudaEngineOptions { heads: heads.map(Path::to_owned), devices, ..Default::default() };
         options.backend.kv_cache = self.kv_cache.of_cuda();
+        options.concurrency = self.concurrency.map(usize::from);
+        options.place = self.nodes.place()?;
         crate::engine::CudaEngine::open(model, &options).map_err(|error| CliError::Usage(error.to_string()))
     }
 }

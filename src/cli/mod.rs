@@ -18,6 +18,8 @@ pub mod forward;
 pub mod heads;
 pub mod jobs;
 pub mod migrate;
+pub mod node;
+mod place;
 pub mod replay;
 pub mod report;
 pub mod run;
@@ -55,6 +57,8 @@ pub enum Command {
     Check(check::Args),
     /// Send a job to the queue.
     Submit(submit::Args),
+    /// Be another node of a group on several machines; the first one serves.
+    Node(node::Args),
     /// The engine's own process; started by `serve`.
     #[command(hide = true)]
     Engine(engine::Args),
@@ -88,6 +92,7 @@ impl Command {
             Self::Serve(args) => args.execute(),
             Self::Check(args) => args.execute(),
             Self::Submit(args) => args.execute(),
+            Self::Node(args) => args.execute(),
             Self::Engine(args) => args.execute(),
             Self::Jobs(args) => args.execute(),
             Self::Show(args) => args.execute(),

@@ -3,7 +3,6 @@
 //! Invariant: a rank can not tell which of the two it is.
 
 use std::sync::Arc;
-#[cfg(feature = "cuda")]
 use std::time::Duration;
 
 use super::CommError;
@@ -46,6 +45,14 @@ impl Meeting {
         }
     }
 
+    /// As [`Rounds::ended`].
+    pub fn ended(&self, rank: usize, wait: Duration) -> Option<CommError> {
+        match self {
+            Self::Here(rounds) => rounds.ended(rank, wait),
+            Self::There(line) => line.ended(wait),
+        }
+    }
+
     /// As [`Rounds::leave`].
     pub fn leave(&self, rank: usize) {
         match self {
@@ -62,14 +69,6 @@ impl Meeting {
         match self {
             Self::Here(rounds) => rounds.join(round, rank, call),
             Self::There(line) => line.join(round, call),
-        }
-    }
-
-    /// As [`Rounds::ended`].
-    pub fn ended(&self, rank: usize, wait: Duration) -> Option<CommError> {
-        match self {
-            Self::Here(rounds) => rounds.ended(rank, wait),
-            Self::There(line) => line.ended(wait),
         }
     }
 

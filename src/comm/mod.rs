@@ -71,6 +71,9 @@ pub trait Comm<M, S>: Send {
     fn broadcast(&self, root: usize, value: u64) -> Result<u64, CommError>;
     /// Returns when every rank has called it.
     fn barrier(&self) -> Result<(), CommError>;
+    /// Whether the communicator still stands. A device may take what an aborted collective left for its result: to be asked after a wait for the
+    /// device, before what came of it is used. Waits for nobody.
+    fn check(&self) -> Result<(), CommError>;
     /// Ends the communicator for every rank; the first reason is kept.
     fn abort(&self, reason: &str);
 }

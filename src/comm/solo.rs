@@ -13,7 +13,7 @@ pub struct SoloComm {
 }
 
 impl SoloComm {
-    fn check(&self, op: &'static str, holds: bool, expected: &str, got: String) -> Result<(), CommError> {
+    fn require(&self, op: &'static str, holds: bool, expected: &str, got: String) -> Result<(), CommError> {
         let aborted = self.aborted.lock().unwrap_or_else(PoisonError::into_inner);
         match &*aborted {
             Some(reason) => Err(CommError::Aborted { rank: 0, reason: reason.clone() }),
@@ -23,7 +23,7 @@ impl SoloComm {
     }
 
     fn check_counts(&self, op: &'static str, counts: &[usize]) -> Result<(), CommError> {
-        self.check(op, counts.len() == 1, "one count", format!("{counts:?}"))
+        self.require(op, counts.len() == 1, "one count", format!("{counts:?}"))
     }
 }
 
@@ -46,7 +46,7 @@ impl<M: Send, S> Comm<M, S> for SoloComm {
 
     fn rotate(&self, rows: M, send_rows: usize, receive_rows: usize) -> Result<M, CommError> {
         let got = format!("{receive_rows}");
-        self.check("rotate", send_rows == receive_rows, &format!("{send_rows} rows from itself"), got)?;
+        self.require("rotate", send_rows == receive_rows, &format!("{send_rows} rows from itself"), got)?;
         Ok(rows)
     }
 
@@ -61,7 +61,7 @@ impl<M: Send, S> Comm<M, S> for SoloComm {
         let op = "all-to-all";
         self.check_counts(op, send_counts)?;
         let got = format!("{receive_counts:?}");
-        self.check(op, send_counts == receive_counts, &format!("{send_counts:?} rows from itself"), got)?;
+        self.require(op, send_counts == receive_counts, &format!("{send_counts:?} rows from itself"), got)?;
         Ok((receive, send))
     }
 
@@ -78,12 +78,16 @@ impl<M: Send, S> Comm<M, S> for SoloComm {
     }
 
     fn broadcast(&self, root: usize, value: u64) -> Result<u64, CommError> {
-        self.check("broadcast", root == 0, "a root below 1", root.to_string())?;
+        self.require("broadcast", root == 0, "a root below 1", root.to_string())?;
         Ok(value)
     }
 
     fn barrier(&self) -> Result<(), CommError> {
-        self.check("barrier", true, "", String::new())
+        self.require("barrier", true, "", String::new())
+    }
+
+    fn check(&self) -> Result<(), CommError> {
+        self.require("check", true, "", String::new())
     }
 
     fn abort(&self, reason: &str) {

@@ -97,7 +97,7 @@ pub struct WorkConfig {
 
 /// Checks everything; `None` where too much is wrong to go on.
 pub(super) fn check(raw: Raw, faults: &mut Vec<String>) -> Option<Config> {
-    let Raw { database, amqp, files, results, engine, groups, work, http, stores, drops } = raw;
+    let Raw { database, amqp, files, results, engine, mut groups, hub_address, work, http, stores, drops } = raw;
     let url = secret("database", "url", database.url, database.url_file.as_deref(), faults);
     let database = match url {
         Some(url) => parsed::<StoreUrl>("[database] url", &url, faults),
@@ -128,6 +128,12 @@ pub(super) fn check(raw: Raw, faults: &mut Vec<String>) -> Option<Config> {
     }
     let listen = http.listen.unwrap_or_else(|| "127.0.0.1:9464".to_owned());
     let listen = parsed::<SocketAddr>("[http] listen", &listen, faults);
+    for (_, group) in &mut groups {
+        group.address = group
+            .address
+            .take()
+            .or_else(|| hub_address.clone().filter(|_| group.nodes.is_some_and(|nodes| nodes != 1)));
+    }
     let engine = check_engine(engine, groups, faults);
     let work = check_work(work, faults);
     Some(Config {

@@ -4,9 +4,13 @@
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use super::checked::{fault, refuse};
 use super::raw;
+
+/// Seconds until all nodes of a group have to be there, where nothing is said: what a large model takes to load from a slow disk.
+const NODES_WITHIN_S: u64 = 600;
 
 /// Devices with an engine of their own.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -23,8 +27,23 @@ pub struct GroupConfig {
     pub ranks: usize,
     /// Threads of all ranks on the CPU; absent: all there are.
     pub threads: Option<usize>,
+    /// The other nodes, where documents are worked on by several.
+    pub nodes: Option<NodesConfig>,
     /// Another program in the place of this one's own engine, with its arguments; empty: this one.
     pub command: Vec<String>,
+}
+
+/// Several machines that work on a document together, each with the same devices.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NodesConfig {
+    /// How many.
+    pub count: usize,
+    /// Where the first one is reached by the others.
+    pub address: String,
+    /// Where it listens for them.
+    pub listen: String,
+    /// Time until all have to be there with their models loaded.
+    pub within: Duration,
 }
 
 /// The one group of a configuration without `[[pool.group]]`.
@@ -40,6 +59,7 @@ pub(super) fn only_one(engine: &raw::Engine, faults: &mut Vec<String>) -> Vec<Gr
         gpus: Vec::new(),
         ranks: engine.ranks.unwrap_or(1),
         threads: engine.threads,
+        nodes: None,
         command: engine.command.clone().unwrap_or_default(),
     }]
 }
@@ -77,6 +97,9 @@ fn check_one(number: usize, group: raw::Group, engine: &raw::Engine, faults: &mu
     refuse(faults, name.is_empty() || name.len() > 32, &format!("{at}: a name has 1 to 32 characters"));
     check_model(&at, group.model.as_deref(), faults);
     let command = group.command.or_else(|| engine.command.clone()).unwrap_or_default();
+    let said = (group.nodes, group.address, group.listen, group.nodes_within_s);
+    let nodes = check_nodes(&at, said, faults);
+    refuse(faults, nodes.is_some() && !command.is_empty(), &format!("{at} nodes: not with a command of its own"));
     let (backend, devices) = match (&group.gpus, group.cpu_threads) {
         (Some(gpus), None) if !gpus.is_empty() => ("cuda", gpus.len()),
         (None, Some(threads)) if threads > 0 => ("cpu", threads),
@@ -94,8 +117,37 @@ fn check_one(number: usize, group: raw::Group, engine: &raw::Engine, faults: &mu
         gpus: group.gpus.unwrap_or_default(),
         ranks,
         threads: group.cpu_threads,
+        nodes,
         command,
     })
+}
+
+/// Several nodes need a place to meet.
+fn check_nodes(
+    at: &str,
+    (count, address, listen, within_s): (Option<usize>, Option<String>, Option<String>, Option<u64>),
+    faults: &mut Vec<String>,
+) -> Option<NodesConfig> {
+    let Some(count) = count.filter(|count| *count != 1) else {
+        let is_said = address.is_some() || listen.is_some() || within_s.is_some();
+        refuse(faults, is_said, &format!("{at}: address, listen and nodes_within_s are for nodes = 2 or more"));
+        return None;
+    };
+    refuse(faults, count == 0, &format!("{at} nodes: at least 1"));
+    let has_port = |place: &str| {
+        place.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
+    };
+    let Some(address) = address.filter(|address| has_port(address)) else {
+        return fault(faults, &format!("{at} address: expected HOST:PORT, where the other nodes reach the first one"));
+    };
+    let listen = match listen {
+        Some(listen) => listen,
+        None => format!("0.0.0.0:{}", address.rsplit_once(':').map_or("", |(_, port)| port)),
+    };
+    refuse(faults, !has_port(&listen), &format!("{at} listen: expected ADDRESS:PORT"));
+    let within = Duration::from_secs(within_s.unwrap_or(NODES_WITHIN_S));
+    refuse(faults, within.is_zero(), &format!("{at} nodes_within_s: at least 1"));
+    Some(NodesConfig { count, address, listen, within })
 }
 
 /// A model that is named has to be there.
@@ -109,6 +161,13 @@ pub(super) fn check_model(at: &str, model: Option<&Path>, faults: &mut Vec<Strin
 impl GroupConfig {
     /// Its devices, for people.
     pub fn devices(&self) -> String {
+        match &self.nodes {
+            Some(nodes) => format!("{} nodes, each {}", nodes.count, self.devices_of_a_node()),
+            None => self.devices_of_a_node(),
+        }
+    }
+
+    fn devices_of_a_node(&self) -> String {
         if !self.command.is_empty() {
             return self.command.join(" ");
         }

@@ -12,7 +12,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 pub use checked::{AmqpConfig, Config, EngineConfig, WorkConfig};
-pub use groups::GroupConfig;
+pub use groups::{GroupConfig, NodesConfig};
 
 /// Everything that is wrong with a configuration.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

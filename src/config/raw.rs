@@ -12,8 +12,20 @@ use toml::{Table, Value};
 /// Sections whose keys the environment can set.
 const SECTIONS: [&str; 7] = ["database", "amqp", "files", "results", "engine", "work", "http"];
 /// Variables of other parts of the program that begin alike.
-const OTHERS: [&str; 6] =
-    ["APBD_LOG", "APBD_LOG_FORMAT", "APBD_MODEL", "APBD_FAILPOINT", "APBD_BACKEND", "APBD_REQUIRE_GPU"];
+const OTHERS: [&str; 10] = [
+    "APBD_LOG",
+    "APBD_LOG_FORMAT",
+    "APBD_MODEL",
+    "APBD_FAILPOINT",
+    "APBD_BACKEND",
+    "APBD_REQUIRE_GPU",
+    "APBD_NCCL_LIBRARY",
+    "APBD_NODE",
+    "APBD_HUB_TOKEN",
+    HUB_ADDRESS,
+];
+/// Where the nodes of a group meet, where its section does not say it: what a scheduler knows that starts the nodes.
+const HUB_ADDRESS: &str = "APBD_HUB_ADDRESS";
 
 macro_rules! section {
     ($(#[doc = $doc:literal])+ $name:ident { $($key:ident: $type:ty,)+ }) => {
@@ -51,6 +63,7 @@ section! {
     /// Devices that work on documents together.
     Group {
         name: String, gpus: Vec<usize>, cpu_threads: usize, ranks: usize, model: PathBuf, command: Vec<String>,
+        nodes: usize, address: String, listen: String, nodes_within_s: u64,
     }
 }
 section! {
@@ -102,6 +115,8 @@ pub struct Raw {
     pub engine: Engine,
     /// With their places in the list.
     pub groups: Vec<(usize, Group)>,
+    /// Of groups on several nodes that do not say it themselves.
+    pub hub_address: Option<String>,
     pub work: Work,
     pub http: Http,
     pub stores: Vec<Store>,
@@ -123,6 +138,7 @@ impl Raw {
             results: take(&mut table, "results", faults).unwrap_or_default(),
             engine: take(&mut table, "engine", faults).unwrap_or_default(),
             groups: take_groups(&mut table, faults),
+            hub_address: environment.get(HUB_ADDRESS).cloned(),
             work: take(&mut table, "work", faults).unwrap_or_default(),
             http: take(&mut table, "http", faults).unwrap_or_default(),
             stores: take_list(&mut table, "store", faults),

@@ -73,6 +73,39 @@ fn groups_have_devices_of_their_own() {
 }
 
 #[test]
+fn a_group_on_several_nodes_says_where_they_meet() {
+    let base = "[database]\nurl = \"sqlite:x.db\"\n[amqp]\nurl = \"amqp://mq/\"\n";
+    let parse = |text: &str, variables: &[(&str, &str)]| {
+        Config::parse(&format!("{base}[[pool.group]]\ngpus = [0, 1]\n{text}"), &environment(variables))
+    };
+    let group =
+        |text: &str, variables: &[(&str, &str)]| parse(text, variables).expect("a group").engine.groups.remove(0);
+    assert_eq!(group("nodes = 1\n", &[("APBD_HUB_ADDRESS", "pod:1")]).nodes, None);
+    let nodes = group("nodes = 2\naddress = \"first:7443\"\nnodes_within_s = 5\n", &[]);
+    assert_eq!(nodes.devices(), "2 nodes, each GPU 0, 1, 2 ranks");
+    let nodes = nodes.nodes.expect("several");
+    assert_eq!(
+        (nodes.count, &*nodes.address, &*nodes.listen, nodes.within.as_secs()),
+        (2, "first:7443", "0.0.0.0:7443", 5)
+    );
+    let of_scheduler = group("nodes = 3\nlisten = \"10.0.0.1:9\"\n", &[("APBD_HUB_ADDRESS", "pod-0.svc:7443")]);
+    let nodes = of_scheduler.nodes.expect("several");
+    assert_eq!((&*nodes.address, &*nodes.listen), ("pod-0.svc:7443", "10.0.0.1:9"));
+    for (text, named) in [
+        ("nodes = 2\n", "address: expected HOST:PORT"),
+        ("nodes = 2\naddress = \"first\"\n", "address: expected HOST:PORT"),
+        ("nodes = 2\naddress = \"first:7443\"\nlisten = \"here\"\n", "listen: expected ADDRESS:PORT"),
+        ("nodes = 0\naddress = \"first:7443\"\n", "nodes: at least 1"),
+        ("address = \"first:7443\"\n", "are for nodes = 2 or more"),
+        ("nodes = 2\naddress = \"first:7443\"\nnodes_within_s = 0\n", "nodes_within_s: at least 1"),
+        ("nodes = 2\naddress = \"first:7443\"\ncommand = [\"x\"]\n", "nodes: not with a command"),
+    ] {
+        let faults = parse(text, &[]).expect_err("refused").to_string();
+        assert!(faults.contains(named), "{named} is not in:\n{faults}");
+    }
+}
+
+#[test]
 fn drop_folders_have_profiles_and_feed_no_one_twice() {
     let base = "[database]\nurl = \"sqlite:x.db\"\n[files]\nfolders = [\"/d\"]\n\
         [[store]]\nalias = \"main\"\nanonymous = true\nallowed = [\"b\"]\n";

@@ -54,8 +54,6 @@ pub struct Network {
     pub within: Link,
     /// Between nodes, for each device.
     pub between: Link,
-    /// Whether it was measured; else it is what the hardware's makers and users say of such links.
-    pub measured: bool,
 }
 
 /// One device's end of a link.
@@ -66,6 +64,8 @@ pub struct Link {
     pub latency_us: f64,
     /// GB/s in one direction.
     pub gb_s: f64,
+    /// Whether it was measured; else it is what the hardware's makers and users say of such links.
+    pub measured: bool,
 }
 
 /// A calibration that can not be used.
@@ -80,8 +80,10 @@ pub enum CalibrationError {
 }
 
 impl Calibration {
-    /// An H100 80GB HBM3 as measured with the Llama-3.1-8B shape (`kernels/README.md` has the figures and the runs). The links are not measured:
-    /// NVLink of the fourth generation has 450 GB/s in one direction, of which large collectives reach about 80 %; one 400 Gbit/s adapter a device has 50.
+    /// An H100 80GB HBM3. The rates are those of the stages of one prefill (Llama-3.1-8B shape, APB with 8 hosts, 128K tokens), of causal attention over 128K
+    /// tokens alone, of a copy, and of one token at 128K (`kernels/README.md` has the figures); how far other prefills are off is held by a test. The
+    /// link within a node is what the exchanges of Ulysses reach between two H200, which have the same NVLink; that between nodes is not measured: one
+    /// adapter of 400 Gbit/s a device has 50 GB/s.
     pub fn h100() -> Self {
         Self {
             device: "NVIDIA H100 80GB HBM3".to_owned(),
@@ -100,9 +102,8 @@ impl Calibration {
             },
             network: Network {
                 gpus_per_node: 8,
-                within: Link { latency_us: 10.0, gb_s: 360.0 },
-                between: Link { latency_us: 20.0, gb_s: 45.0 },
-                measured: false,
+                within: Link { latency_us: 10.0, gb_s: 225.0, measured: true },
+                between: Link { latency_us: 20.0, gb_s: 45.0, measured: false },
             },
         }
     }

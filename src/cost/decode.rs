@@ -2,10 +2,15 @@
 //!
 //! Invariant: a pass reads every weight once, whatever its rows; every rank has all weights and a share of the keys and values.
 
-use crate::plan::{PrefillPlan, QUERY_CHUNK};
+use crate::plan::{Host, PrefillPlan, QUERY_CHUNK};
 
 use super::CostModel;
 use super::work::product;
+
+/// Tokens of the context whose keys and values are kept.
+pub(super) fn kept_tokens(plan: &PrefillPlan) -> usize {
+    plan.hosts.iter().map(Host::kept_rows).sum()
+}
 
 impl CostModel {
     /// Seconds of one step that gives every sequence of a batch its next token; `contexts` are the tokens each has so far.
@@ -18,11 +23,15 @@ impl CostModel {
         self.pass_s(sequences, tokens, tokens, ranks)
     }
 
-    /// Seconds of the query's pass over the prefilled context, in chunks; it ends with the first token.
+    /// Seconds from the end of the prefill to the first token: of the query's pass over the prefilled context, in chunks, or of the choice alone where it
+    /// has gone through the layers with its context.
     pub fn query_pass_s(&self, plan: &PrefillPlan, ranks: usize) -> f64 {
+        if plan.query_rows() > 0 {
+            return self.choice_s(1);
+        }
         let chunk = |first: usize| {
             let rows = QUERY_CHUNK.min(plan.query - first);
-            let keys = (plan.context + first) as f64;
+            let keys = (kept_tokens(plan) + first) as f64;
             self.pass_s(rows, keys, keys * rows as f64 + rows as f64 * (rows as f64 + 1.0) / 2.0, ranks)
         };
         (0..plan.query).step_by(QUERY_CHUNK).map(chunk).sum()
@@ -36,16 +45,27 @@ impl CostModel {
         let products = matrix(rates.qkv_tflops, shape.hidden * shape.qkv_width())
             + matrix(rates.o_tflops, shape.hidden * shape.q_width())
             + matrix(rates.ffn_tflops, 3 * shape.hidden * shape.intermediate);
-        let is_fp8 = shape.kept_row_bytes < 2 * shape.kv_width() * shape.element_bytes;
-        let kept_gb_s = if is_fp8 { rates.decode_fp8_gb_s } else { rates.decode_gb_s };
-        let reading = kept * shape.kept_row_bytes as f64 / ranks_s / (kept_gb_s * 1e9);
+        let reading = kept * shape.kept_row_bytes as f64 / ranks_s / (self.kept_gb_s() * 1e9);
         let attending = 4.0 * shape.q_width() as f64 * pairs / ranks_s / (rates.segments_tflops * 1e12);
         let layer = products + reading.max(attending) + rates.layer_us * 1e-6 + self.partials_s(rows, ranks);
-        shape.layers as f64 * layer + matrix(rates.qkv_tflops, shape.vocab * shape.hidden)
+        shape.layers as f64 * layer + self.choice_s(rows)
+    }
+
+    /// Seconds of the language-model head.
+    fn choice_s(&self, rows: usize) -> f64 {
+        let elements = self.shape.vocab * self.shape.hidden;
+        self.product_s(product(rows, elements), self.calibration.rates.qkv_tflops, elements)
+    }
+
+    /// GB/s at which kept keys and values are read, in the bytes they have.
+    pub(super) fn kept_gb_s(&self) -> f64 {
+        let (shape, rates) = (&self.shape, &self.calibration.rates);
+        let is_fp8 = shape.kept_row_bytes < 2 * shape.kv_width() * shape.element_bytes;
+        if is_fp8 { rates.decode_fp8_gb_s } else { rates.decode_gb_s }
     }
 
     /// Seconds in which the partial results of all ranks, and their log-sum-exps, come to every rank.
-    fn partials_s(&self, rows: usize, ranks: usize) -> f64 {
+    pub(super) fn partials_s(&self, rows: usize, ranks: usize) -> f64 {
         if ranks <= 1 {
             return 0.0;
         }

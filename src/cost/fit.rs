@@ -97,22 +97,52 @@ impl Calibration {
         if let Some(copy_gb_s) = figures.copy_gb_s {
             refined.rates.decode_gb_s = copy_gb_s;
         }
-        refined.refine_layer(&figures.decode);
+        refined.refine_decode(&figures.decode);
         refined
     }
 
-    /// What a layer takes beyond its bytes: the mean over all figures, each with the same weight.
-    fn refine_layer(&mut self, figures: &[DecodeFigure]) {
-        self.rates.layer_us = match figures.len() {
-            0 => return,
-            count => {
-                let without = Self { rates: Rates { layer_us: 0.0, ..self.rates }, ..self.clone() };
-                let beyond_us = |figure: &DecodeFigure| {
-                    let model = CostModel::new(figure.shape, without.clone());
-                    1e6 * (figure.seconds - model.decode_step_s(&figure.contexts, 1)) / figure.shape.layers as f64
-                };
-                (figures.iter().map(beyond_us).sum::<f64>() / count as f64).max(0.0)
-            }
+    /// Bandwidth and what a layer takes beyond its bytes, as they fit the figures best; the bandwidth alone where those do not tell the two apart.
+    fn refine_decode(&mut self, figures: &[DecodeFigure]) {
+        let without = Self { rates: Rates { layer_us: 0.0, ..self.rates }, ..self.clone() };
+        let terms = |figure: &DecodeFigure| {
+            let bytes_s = CostModel::new(figure.shape, without.clone()).decode_step_s(&figure.contexts, 1);
+            Step { bytes_s, layers: figure.shape.layers as f64, seconds: figure.seconds }
         };
+        let steps: Vec<Step> = figures.iter().map(terms).collect();
+        let layer_s = 1e-6 * self.rates.layer_us;
+        let (slower, layer_s) = fitted(&steps).unwrap_or_else(|| (slower(&steps, layer_s), layer_s));
+        if slower.is_finite() && slower > 0.0 {
+            self.rates.decode_gb_s /= slower;
+            self.rates.layer_us = 1e6 * layer_s;
+        }
     }
+}
+
+/// A measured step of decode, and what is predicted of it.
+struct Step {
+    /// Seconds of its bytes.
+    bytes_s: f64,
+    layers: f64,
+    /// Seconds it took.
+    seconds: f64,
+}
+
+/// By how much bytes are slower than predicted if a layer takes `layer_s` beside them.
+fn slower(steps: &[Step], layer_s: f64) -> f64 {
+    let (bytes_s, left_s) = steps.iter().fold((0.0, 0.0), |(bytes_s, left_s), step| {
+        (bytes_s + step.bytes_s, left_s + step.seconds - step.layers * layer_s)
+    });
+    left_s / bytes_s
+}
+
+/// The same, and seconds of a layer, by least squares; `None` where steps differ too little, or a layer would take less than nothing.
+fn fitted(steps: &[Step]) -> Option<(f64, f64)> {
+    let sum = |of: fn(&Step) -> f64| steps.iter().map(of).sum::<f64>();
+    let (bytes, layers) = (sum(|step| step.bytes_s * step.bytes_s), sum(|step| step.layers * step.layers));
+    let both = sum(|step| step.bytes_s * step.layers);
+    let determinant = bytes * layers - both * both;
+    let (by_bytes, by_layers) = (sum(|step| step.bytes_s * step.seconds), sum(|step| step.layers * step.seconds));
+    let slower = (by_bytes * layers - by_layers * both) / determinant;
+    let layer_s = (by_layers * bytes - by_bytes * both) / determinant;
+    (determinant > 1e-3 * bytes * layers && layer_s >= 0.0).then_some((slower, layer_s))
 }

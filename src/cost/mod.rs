@@ -12,7 +12,6 @@ mod fit;
 mod learned;
 mod network;
 mod prefill;
-mod route;
 mod shape;
 #[cfg(test)]
 mod tests;
@@ -22,7 +21,6 @@ pub use calibration::{Calibration, CalibrationError, Link, Network, Rates};
 pub use fit::{DecodeFigure, Figures, PrefillFigure};
 pub use learned::{Learned, MEMORY, Observation, Place, Rate, Work};
 pub use prefill::{PrefillCost, RankCost, Stages};
-pub use route::{Destination, GroupLoad, place, takes_up_to_s};
 pub use shape::ModelShape;
 pub use work::{Exchange, LayerWork, RankWork};
 
@@ -81,10 +79,15 @@ impl CostModel {
     pub fn document(&self, plan: &PrefillPlan, ranks: usize, new_tokens: usize) -> DocumentCost {
         let prefill = self.prefill(plan, ranks);
         let query_s = self.query_pass_s(plan, ranks);
-        let token_s = self.decode_step_s(&[plan.context + plan.query + new_tokens / 2], ranks);
+        let token_s = self.decode_step_s(&[self.kept_tokens(plan) + new_tokens / 2], ranks);
         let layer = prefill.seconds / self.shape.layers.max(1) as f64;
         let longest_step_s = layer.max(query_s).max(token_s);
         DocumentCost { prefill_s: prefill.seconds, query_s, token_s, new_tokens, longest_step_s }
+    }
+
+    /// Tokens whose keys and values a generated token reads, the query's among them.
+    pub fn kept_tokens(&self, plan: &PrefillPlan) -> usize {
+        decode::kept_tokens(plan) + plan.query
     }
 
     /// Bytes each of `ranks` ranks needs at most for the plan, the weights not included.

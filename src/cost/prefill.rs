@@ -59,7 +59,7 @@ pub struct RankCost {
 pub struct PrefillCost {
     /// Seconds until the last rank has ended.
     pub seconds: f64,
-    /// Each active rank.
+    /// Each rank; those without hosts have the query at most.
     pub ranks: Vec<RankCost>,
 }
 
@@ -74,12 +74,18 @@ impl PrefillCost {
 struct RankTimes {
     qkv: f64,
     selection: f64,
+    /// Scores by which the last layer chooses what is kept.
+    last_selection: f64,
     before: f64,
     own_attention: f64,
     late_attention: Vec<f64>,
+    /// Of the query, where it goes with its context.
+    query_attention: f64,
     o: f64,
     ffn: f64,
     after: f64,
+    /// Output projection and MLP of the last layer.
+    last: [f64; 2],
 }
 
 impl CostModel {
@@ -91,11 +97,10 @@ impl CostModel {
         let mut line = Timeline::new(work.ranks.iter().map(|rank| self.embed_s(rank)).collect());
         for layer in 0..layers {
             line.project(&times);
-            if layer + 1 == layers {
-                break;
-            }
+            let is_last = layer + 1 == layers;
             let network = &self.calibration.network;
             match work.exchange {
+                _ if is_last => line.select_last(&times),
                 Exchange::Nothing => line.attend_alone(&times),
                 Exchange::Gather { bytes } => {
                     line.gather(&times, network.all_gather_s(times.len(), bytes), work.overlap);
@@ -108,12 +113,14 @@ impl CostModel {
                     line.swap(&times, [swap_s(to_heads_bytes), swap_s(back_bytes)]);
                 }
             }
-            line.close(&times);
+            if plan.query_rows() > 0 {
+                line.attend_query(&times, self.partials_s(plan.query_rows(), times.len()));
+            }
+            line.close(&times, is_last);
         }
         let seconds = line.ends.iter().copied().fold(0.0, f64::max);
         let rank = |(work, stages): (&RankWork, Stages)| {
-            // The last layer ends when keys and values are stored.
-            let flops = (layers - 1) as f64 * work.flops() + work.qkv_flops;
+            let flops = (layers - 1) as f64 * work.flops() + work.last_flops();
             RankCost { rows: work.rows, flops, stages }
         };
         PrefillCost { seconds, ranks: work.ranks.iter().zip(line.stages).map(rank).collect() }
@@ -133,21 +140,32 @@ impl CostModel {
         let attention = |flops: &f64| flops / (segments * 1e12);
         let merge = self.calibration.memory_s(work.merge_bytes);
         let late = |flops: &f64| if *flops > 0.0 { attention(flops) + merge } else { 0.0 };
-        let scoring = work.scoring_flops / (rates.retaining_head_tflops * 1e12);
+        let scoring = |flops: f64| flops / (rates.retaining_head_tflops * 1e12);
+        let reading = work.query_bytes / (self.kept_gb_s() * 1e9);
+        let [o, ffn] = [
+            (shape.hidden * shape.q_width(), rates.o_tflops),
+            (3 * shape.hidden * shape.intermediate, rates.ffn_tflops),
+        ];
         RankTimes {
             qkv: self.product_s(work.qkv_flops, rates.qkv_tflops, shape.hidden * shape.qkv_width()),
-            selection: scoring + self.calibration.memory_s(work.selection_bytes),
+            last_selection: scoring(work.last_scoring_flops),
+            selection: scoring(work.scoring_flops) + self.calibration.memory_s(work.selection_bytes),
             before: self.calibration.memory_s(work.before_bytes) + rates.layer_us * 1e-6,
             own_attention: attention(&work.own_attention_flops),
             late_attention: work.late_attention_flops.iter().map(late).collect(),
-            o: self.product_s(work.o_flops, rates.o_tflops, shape.hidden * shape.q_width()),
-            ffn: self.product_s(work.ffn_flops, rates.ffn_tflops, 3 * shape.hidden * shape.intermediate),
+            query_attention: attention(&work.query_attention_flops).max(reading),
+            o: self.product_s(work.o_flops, o.1, o.0),
+            ffn: self.product_s(work.ffn_flops, ffn.1, ffn.0),
             after: self.calibration.memory_s(work.after_bytes),
+            last: [self.product_s(work.last_o_flops, o.1, o.0), self.product_s(work.last_ffn_flops, ffn.1, ffn.0)],
         }
     }
 
-    /// Seconds of a product: what its FLOPs take, or its weights' bytes if that is longer.
+    /// Seconds of a product: what its FLOPs take, or its weights' bytes if that is longer; none without rows.
     pub(super) fn product_s(&self, flops: f64, tflops: f64, weights: usize) -> f64 {
+        if flops == 0.0 {
+            return 0.0;
+        }
         let bytes = (weights * self.shape.element_bytes) as f64;
         (flops / (tflops * 1e12)).max(bytes / (self.calibration.rates.decode_gb_s * 1e9))
     }
@@ -175,30 +193,56 @@ impl Timeline {
         }
     }
 
-    /// From the output projection to the end of the layer.
-    fn close(&mut self, times: &[RankTimes]) {
+    /// From the output projection to the end of the layer; of the last one for the query alone.
+    fn close(&mut self, times: &[RankTimes], is_last: bool) {
         for ((end, stages), time) in self.ends.iter_mut().zip(&mut self.stages).zip(times) {
-            *end += time.o + time.ffn + time.after;
-            stages.o_s += time.o;
-            stages.ffn_s += time.ffn;
-            stages.other_s += time.after;
+            let ([o, ffn], after) = if is_last { (time.last, 0.0) } else { ([time.o, time.ffn], time.after) };
+            *end += o + ffn + after;
+            stages.o_s += o;
+            stages.ffn_s += ffn;
+            stages.other_s += after;
+        }
+    }
+
+    /// The query attends to what each rank keeps; the partial results of all ranks come to each.
+    fn attend_query(&mut self, times: &[RankTimes], transfer: f64) {
+        for ((end, stages), time) in self.ends.iter_mut().zip(&mut self.stages).zip(times) {
+            *end += time.query_attention;
+            stages.attention_s += time.query_attention;
+        }
+        if times.len() > 1 {
+            let all_ready = self.all_ready();
+            for (end, stages) in self.ends.iter_mut().zip(&mut self.stages) {
+                *end = stages.await_transfer(*end, all_ready, transfer);
+            }
+        }
+    }
+
+    fn select(&mut self, times: &[RankTimes]) {
+        for ((end, stages), time) in self.ends.iter_mut().zip(&mut self.stages).zip(times) {
+            *end += time.selection;
+            stages.retaining_head_s += time.selection;
+        }
+    }
+
+    fn select_last(&mut self, times: &[RankTimes]) {
+        for ((end, stages), time) in self.ends.iter_mut().zip(&mut self.stages).zip(times) {
+            *end += time.last_selection;
+            stages.retaining_head_s += time.last_selection;
         }
     }
 
     fn attend_alone(&mut self, times: &[RankTimes]) {
+        self.select(times);
         for ((end, stages), time) in self.ends.iter_mut().zip(&mut self.stages).zip(times) {
-            *end += time.selection + time.own_attention;
-            stages.retaining_head_s += time.selection;
+            *end += time.own_attention;
             stages.attention_s += time.own_attention;
         }
     }
 
     /// Everybody selects; what is selected travels while everybody attends to what is his own, and is attended to when it has come.
     fn gather(&mut self, times: &[RankTimes], transfer: f64, overlap: bool) {
-        for ((end, stages), time) in self.ends.iter_mut().zip(&mut self.stages).zip(times) {
-            *end += time.selection;
-            stages.retaining_head_s += time.selection;
-        }
+        self.select(times);
         let all_ready = self.all_ready();
         for ((end, stages), time) in self.ends.iter_mut().zip(&mut self.stages).zip(times) {
             let late: f64 = time.late_attention.iter().sum();
@@ -212,6 +256,7 @@ impl Timeline {
 
     /// In every step rows travel while others are attended to; nobody goes on before the step has ended for all.
     fn rotate(&mut self, times: &[RankTimes], steps: usize, transfer: f64, overlap: bool) {
+        self.select(times);
         for step in 0..=steps {
             let mut begun = self.all_ready();
             let attention =
@@ -230,6 +275,7 @@ impl Timeline {
 
     /// Queries, keys and values go to the ranks of their heads, are attended with, and what comes of it goes back; nothing hides any of it.
     fn swap(&mut self, times: &[RankTimes], [to_heads, back]: [f64; 2]) {
+        self.select(times);
         let all_ready = self.all_ready();
         for ((end, stages), time) in self.ends.iter_mut().zip(&mut self.stages).zip(times) {
             *end = stages.await_transfer(*end, all_ready, to_heads) + time.own_attention;

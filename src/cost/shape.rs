@@ -118,9 +118,9 @@ impl ModelShape {
         })
     }
 
-    /// With keys and values kept in FP8, an f32 scale for every row and head.
+    /// With keys and values kept in FP8, a byte of scale for every row and head.
     pub fn kept_in_fp8(self) -> Self {
-        let scales = 2 * self.kv_heads * size_of::<f32>();
+        let scales = 2 * self.kv_heads;
         Self { kept_row_bytes: 2 * self.kv_width() + scales, ..self }
     }
 }

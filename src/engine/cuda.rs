@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use crate::backend::HeadShape;
 use crate::backend::cuda::{Cuda, CudaOptions, ScratchShape, in_ring_order};
+use crate::comm::hub::Place;
 use crate::comm::nccl::{Deadlines, NcclComm};
 use crate::comm::solo::SoloComm;
 use crate::model::ModelSpec;
@@ -16,7 +17,7 @@ use crate::model::weights::Weights;
 
 use super::EngineError;
 use super::cuda_comm::CudaComm;
-use super::devices::{Devices, Memory};
+use super::devices::{Connected, Devices, Memory};
 use super::open::OpenError;
 use super::service::ModelEngine;
 
@@ -43,11 +44,17 @@ pub struct CudaEngineOptions {
     pub devices: Vec<usize>,
     /// Memory and kernels.
     pub backend: CudaOptions,
+    /// Sequences at a time; absent: as many as make sense.
+    pub concurrency: Option<usize>,
+    /// This node's place among several, each of which has as many devices.
+    pub place: Option<Place>,
 }
 
 /// GPUs, each with a model's weights on it; by rank.
 pub struct CudaDevices {
     members: Vec<Member>,
+    place: Option<Place>,
+    concurrency: usize,
 }
 
 struct Member {
@@ -63,9 +70,12 @@ impl ModelEngine<CudaDevices> {
     /// Opens a model directory: `config.json` and weights, a tokenizer if there is one, retaining heads if there are any.
     pub fn open(directory: &Path, options: &CudaEngineOptions) -> Result<Self, OpenError> {
         Self::open_on(directory, options.heads.as_deref(), |files| {
-            CudaDevices::open(&options.devices, &options.backend, |backend| {
+            let load = |backend: &Cuda| -> Result<_, OpenError> {
                 Ok(Weights::load(backend, files.directory, &files.spec, files.heads.as_deref())?)
-            })
+            };
+            let devices = CudaDevices::open(&options.devices, &options.backend, options.place.as_ref(), load)?;
+            let concurrency = options.concurrency.unwrap_or(CONCURRENCY).clamp(1, CONCURRENCY);
+            Ok(CudaDevices { concurrency, ..devices })
         })
     }
 }
@@ -75,13 +85,15 @@ impl CudaDevices {
     pub fn open<E>(
         devices: &[usize],
         options: &CudaOptions,
+        place: Option<&Place>,
         load: impl Fn(&Cuda) -> Result<Weights<Cuda>, E> + Sync,
     ) -> Result<Self, E>
     where
         E: From<crate::backend::BackendError> + Send,
     {
         let devices = in_ring_order(if devices.is_empty() { &[0] } else { devices })?;
-        let others_bytes = options.others_bytes + if devices.len() > 1 { NCCL_BYTES } else { 0 };
+        let is_group = devices.len() > 1 || place.is_some();
+        let others_bytes = options.others_bytes + if is_group { NCCL_BYTES } else { 0 };
         let options = CudaOptions { others_bytes, ..*options };
         let member = |device: usize| {
             let backend = Cuda::open(device, &options)?;
@@ -95,7 +107,7 @@ impl CudaDevices {
                 threads.into_iter().map(|thread| thread.join().unwrap_or_else(|p| std::panic::resume_unwind(p)));
             joined.collect::<Result<Vec<_>, E>>()
         })?;
-        Ok(Self { members })
+        Ok(Self { members, place: place.cloned(), concurrency: CONCURRENCY })
     }
 
     /// The device of rank 0.
@@ -115,18 +127,22 @@ impl Devices for CudaDevices {
 
     fn name(&self) -> String {
         let device = self.backend().device_name();
-        match self.members.len() {
+        let here = match self.members.len() {
             1 => format!("cuda ({device})"),
             several => format!("{several} x cuda ({device})"),
+        };
+        match &self.place {
+            Some(place) => format!("{here} on {} nodes", place.nodes),
+            None => here,
         }
     }
 
     fn ranks(&self) -> usize {
-        self.members.len()
+        self.members.len() * self.place.as_ref().map_or(1, |place| place.nodes)
     }
 
     fn concurrency(&self) -> usize {
-        CONCURRENCY
+        self.concurrency
     }
 
     fn element_bytes(&self) -> usize {
@@ -149,18 +165,22 @@ impl Devices for CudaDevices {
         Memory::Each((free as u64).saturating_sub(UNCOUNTED_BYTES))
     }
 
-    fn connect(&self, active: usize) -> Result<Vec<(Arc<Cuda>, CudaComm)>, EngineError> {
-        let backends: Vec<_> = self.backends().take(active).cloned().collect();
-        if backends.len() < 2 {
-            return Ok(backends.into_iter().map(|backend| (backend, CudaComm::Alone(SoloComm::default()))).collect());
-        }
+    fn connect(&self) -> Result<Connected<Self>, EngineError> {
+        let backends: Vec<_> = self.backends().cloned().collect();
         let deadlines = Deadlines { start: START_DEADLINE, collective: PEER_DEADLINE };
-        let ends =
-            NcclComm::group(&backends, deadlines).map_err(|error| EngineError::Device { reason: error.to_string() })?;
-        Ok(backends.into_iter().zip(ends.into_iter().map(CudaComm::Group)).collect())
+        let joined = match &self.place {
+            Some(place) => NcclComm::group_at(place, &backends, deadlines).map(|(ends, side)| (ends, Some(side))),
+            None if backends.len() > 1 => NcclComm::group(&backends, deadlines).map(|ends| (ends, None)),
+            None => {
+                let member = |backend| (backend, CudaComm::Alone(SoloComm::default()));
+                return Ok(Connected { members: backends.into_iter().map(member).collect(), side: None });
+            }
+        };
+        let (ends, side) = joined.map_err(|error| EngineError::Device { reason: error.to_string() })?;
+        Ok(Connected { members: backends.into_iter().zip(ends.into_iter().map(CudaComm::Group)).collect(), side })
     }
 
-    fn weights(&self, rank: usize) -> &Weights<Cuda> {
-        &self.members[rank].weights
+    fn weights(&self, index: usize) -> &Weights<Cuda> {
+        &self.members[index].weights
     }
 }

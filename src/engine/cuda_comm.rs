@@ -112,6 +112,10 @@ impl Comm<CudaMatrix, CudaScores> for CudaComm {
         either!(self, barrier())
     }
 
+    fn check(&self) -> Result<(), CommError> {
+        either!(self, check())
+    }
+
     fn abort(&self, reason: &str) {
         either!(self, abort(reason));
     }

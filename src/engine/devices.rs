@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use crate::backend::{Backend, HeadShape};
 use crate::comm::Comm;
+use crate::comm::hub::Side;
 use crate::model::ModelSpec;
 use crate::model::weights::Weights;
 
@@ -27,6 +28,14 @@ pub type MatrixOf<D> = <<D as Devices>::Backend as Backend>::Matrix;
 /// Scores of the ranks of `D`.
 pub type ScoresOf<D> = <<D as Devices>::Backend as Backend>::Scores;
 
+/// The ranks of this process, joined to all others.
+pub struct Connected<D: Devices + ?Sized> {
+    /// Backends and communicator ends, by rank; every node has as many.
+    pub members: Vec<(Arc<D::Backend>, D::Comm)>,
+    /// What a group on several nodes has here beside its ranks.
+    pub side: Option<Side>,
+}
+
 /// Devices with a model's weights on them.
 pub trait Devices: Send + Sync + 'static {
     /// What a rank computes with.
@@ -36,7 +45,7 @@ pub trait Devices: Send + Sync + 'static {
 
     /// For people: `cpu`, `2 x cuda`.
     fn name(&self) -> String;
-    /// Ranks there are.
+    /// Ranks there are, on all nodes.
     fn ranks(&self) -> usize;
     /// Sequences that they work on at a time, at most.
     fn concurrency(&self) -> usize;
@@ -50,9 +59,8 @@ pub trait Devices: Send + Sync + 'static {
     fn scratch_bytes(&self, spec: &ModelSpec) -> u64;
     /// What there is now.
     fn memory(&self) -> Memory;
-    /// Backends and connected communicator ends of the first `active` ranks, in their order.
-    #[allow(clippy::type_complexity)]
-    fn connect(&self, active: usize) -> Result<Vec<(Arc<Self::Backend>, Self::Comm)>, EngineError>;
-    /// The weights as rank `rank` uses them.
-    fn weights(&self, rank: usize) -> &Weights<Self::Backend>;
+    /// Joins the ranks.
+    fn connect(&self) -> Result<Connected<Self>, EngineError>;
+    /// The weights as the `index`-th rank of this process uses them.
+    fn weights(&self, index: usize) -> &Weights<Self::Backend>;
 }

@@ -7,16 +7,17 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
+use crate::comm::hub::Side;
 use crate::model::ModelSpec;
 use crate::plan::Footprint;
 
 use super::EngineError;
 use super::command::Job;
 use super::conversation::{self, Driver, Outcome, Timing};
-use super::devices::{Devices, Memory};
+use super::devices::{Connected, Devices, Memory};
 use super::lead::Submission;
 use super::rank::Rank;
-use super::ranks::{Work, pass_rows, serve};
+use super::ranks::{Work, follow_first_node, pass_rows, serve};
 use super::schedule::{Limits, Needs};
 
 /// The part of the memory that stays free where several sequences share it.
@@ -68,6 +69,31 @@ impl<D: Devices> Model<D> {
     }
 }
 
+impl<D: Devices> Model<D> {
+    /// The ranks of this process.
+    fn ranks<'a>(&'a self, backends: &'a [Arc<D::Backend>], comms: Vec<D::Comm>) -> Vec<Rank<'a, D::Backend, D::Comm>> {
+        let rank = |(index, (backend, comm)): (usize, (&'a Arc<D::Backend>, D::Comm))| Rank {
+            backend: &**backend,
+            comm,
+            weights: self.devices.weights(index),
+            spec: &self.spec,
+        };
+        backends.iter().zip(comms).enumerate().map(rank).collect()
+    }
+
+    /// Does what the first node decides, until it has no more to do. Blocks.
+    pub fn follow(&self, limits: &Limits) -> Result<(), EngineError> {
+        let Connected { members, side } = self.devices.connect()?;
+        let Some(Side::Other(told)) = side else {
+            return Err(EngineError::Input {
+                reason: "this node is the first of its group, or the only one".to_owned(),
+            });
+        };
+        let (backends, comms): (Vec<_>, Vec<_>) = members.into_iter().unzip();
+        follow_first_node(self.ranks(&backends, comms), told, pass_rows(limits))
+    }
+}
+
 /// Threads at work on a model.
 pub(super) struct Group {
     /// Closed when the group is to end.
@@ -88,23 +114,19 @@ struct Ending {
 impl Group {
     /// Connects the ranks and starts their threads.
     pub fn start<D: Devices>(model: &Arc<Model<D>>, limits: Limits) -> Result<Self, EngineError> {
-        let members = model.devices.connect(model.devices.ranks())?;
+        let Connected { members, side } = model.devices.connect()?;
         let (sender, inbox) = channel();
         let ending = Arc::new(Ending::default());
         let taken = Arc::new(AtomicU64::new(0));
         let (model, end, used) = (model.clone(), ending.clone(), taken.clone());
         let work = move || {
             let (backends, comms): (Vec<_>, Vec<_>) = members.into_iter().unzip();
-            let mut ranks = Vec::with_capacity(backends.len());
-            for (index, (backend, comm)) in backends.iter().zip(comms).enumerate() {
-                let weights = model.devices.weights(index);
-                ranks.push(Rank { backend: &**backend, comm, weights, spec: &model.spec });
-            }
+            let ranks = model.ranks(&backends, comms);
             let budget = |used_bytes| {
                 used.store(used_bytes, Ordering::Relaxed);
                 model.budget(used_bytes, &limits)
             };
-            let served = serve(ranks, Work { inbox, limits, budget: &budget });
+            let served = serve(ranks, Work { inbox, limits, budget: &budget, side });
             end.say(served);
         };
         let thread = Builder::new()

@@ -238,7 +238,10 @@ impl<'r, 'a, B: Backend, C: Comm<B::Matrix, B::Scores>> Leader<'r, 'a, B, C> {
     /// Brings every caller what came of its sequence in the last pass, and takes their answers.
     fn choose(&mut self, ids: &[SequenceId]) -> Result<(), RankError> {
         let wanted: Vec<_> = ids.iter().filter_map(|id| Some(self.active.get(id)?.caller.wanted)).collect();
-        for (id, next) in ids.iter().zip(self.member.next(&wanted)?) {
+        let chosen = self.member.next(&wanted)?;
+        // Of a communicator that has ended meanwhile these may be no logits at all.
+        self.rank.comm.check()?;
+        for (id, next) in ids.iter().zip(chosen) {
             if let Some(active) = self.active.get(id) {
                 active.caller.bring(next);
             }

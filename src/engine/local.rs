@@ -8,12 +8,13 @@ use std::thread::available_parallelism;
 use std::time::Duration;
 
 use crate::backend::cpu::Cpu;
+use crate::comm::hub::Place;
 use crate::comm::local::LocalComm;
 use crate::model::ModelSpec;
 use crate::model::weights::Weights;
 
 use super::EngineError;
-use super::devices::{Devices, Memory};
+use super::devices::{Connected, Devices, Memory};
 use super::host_memory::available_bytes;
 use super::open::OpenError;
 use super::service::ModelEngine;
@@ -33,7 +34,7 @@ const CONCURRENCY: usize = 4;
 pub struct LocalOptions {
     /// Retaining heads; absent: those in the model's directory, if any.
     pub heads: Option<PathBuf>,
-    /// Ranks at most.
+    /// Ranks at most; with several nodes those of each.
     pub ranks: usize,
     /// Threads of all ranks together.
     pub threads: usize,
@@ -41,12 +42,14 @@ pub struct LocalOptions {
     pub concurrency: usize,
     /// Memory for an inference beyond the weights, in bytes; absent: what the system has available at the time.
     pub memory_bytes: Option<u64>,
+    /// This node's place among several.
+    pub place: Option<Place>,
 }
 
 impl Default for LocalOptions {
     fn default() -> Self {
         let threads = available_parallelism().map_or(1, usize::from);
-        Self { heads: None, ranks: 1, threads, concurrency: CONCURRENCY, memory_bytes: None }
+        Self { heads: None, ranks: 1, threads, concurrency: CONCURRENCY, memory_bytes: None, place: None }
     }
 }
 
@@ -57,6 +60,7 @@ pub struct CpuDevices {
     threads: usize,
     concurrency: usize,
     memory_bytes: Option<u64>,
+    place: Option<Place>,
 }
 
 /// An engine on this machine's processor.
@@ -73,6 +77,7 @@ impl ModelEngine<CpuDevices> {
                 threads: options.threads.max(1),
                 concurrency: options.concurrency.max(1),
                 memory_bytes: options.memory_bytes,
+                place: options.place.clone(),
             })
         })
     }
@@ -83,11 +88,14 @@ impl Devices for CpuDevices {
     type Comm = LocalComm;
 
     fn name(&self) -> String {
-        "cpu".to_owned()
+        match &self.place {
+            Some(place) => format!("cpu on {} nodes", place.nodes),
+            None => "cpu".to_owned(),
+        }
     }
 
     fn ranks(&self) -> usize {
-        self.ranks
+        self.ranks * self.place.as_ref().map_or(1, |place| place.nodes)
     }
 
     fn concurrency(&self) -> usize {
@@ -105,19 +113,33 @@ impl Devices for CpuDevices {
     }
 
     fn memory(&self) -> Memory {
-        Memory::Shared(self.memory_bytes.unwrap_or_else(available_bytes))
+        let available = self.memory_bytes.unwrap_or_else(available_bytes);
+        match self.place {
+            // Other nodes have their own, and are taken to be like this one.
+            Some(_) => Memory::Each(available / self.ranks as u64),
+            None => Memory::Shared(available),
+        }
     }
 
-    fn connect(&self, active: usize) -> Result<Vec<(Arc<Cpu>, LocalComm)>, EngineError> {
-        let threads = |rank| (self.threads / active + usize::from(rank < self.threads % active)).max(1);
-        let member = |(rank, comm)| match Cpu::new(threads(rank)) {
-            Ok(backend) => Ok((Arc::new(backend), comm)),
-            Err(error) => Err(EngineError::Device { reason: error.to_string() }),
+    fn connect(&self) -> Result<Connected<Self>, EngineError> {
+        let failed = |reason: String| EngineError::Device { reason };
+        let (ends, side) = match &self.place {
+            Some(place) => {
+                let (ends, side) =
+                    LocalComm::group_at(place, self.ranks, PEER_DEADLINE).map_err(|error| failed(error.to_string()))?;
+                (ends, Some(side))
+            }
+            None => (LocalComm::group(self.ranks, PEER_DEADLINE), None),
         };
-        LocalComm::group(active, PEER_DEADLINE).into_iter().enumerate().map(member).collect()
+        let threads = |index| (self.threads / self.ranks + usize::from(index < self.threads % self.ranks)).max(1);
+        let member = |(index, comm)| match Cpu::new(threads(index)) {
+            Ok(backend) => Ok((Arc::new(backend), comm)),
+            Err(error) => Err(failed(error.to_string())),
+        };
+        Ok(Connected { members: ends.into_iter().enumerate().map(member).collect::<Result<_, _>>()?, side })
     }
 
-    fn weights(&self, _rank: usize) -> &Weights<Cpu> {
+    fn weights(&self, _index: usize) -> &Weights<Cpu> {
         &self.weights
     }
 }

@@ -8,6 +8,7 @@ use std::thread::{Builder, ScopedJoinHandle, scope};
 use std::time::Duration;
 
 use crate::backend::{Backend, BackendError};
+use crate::comm::hub::{Orders, Side, Told};
 use crate::comm::{Comm, CommError};
 use crate::plan::{PrefillPlan, QUERY_CHUNK};
 
@@ -27,10 +28,12 @@ pub(super) struct Work<'a> {
     pub limits: Limits,
     /// Bytes that all sequences may take together, given those that are taken.
     pub budget: &'a (dyn Fn(u64) -> u64 + Sync),
+    /// The other nodes of a group, which are told what to do; kept until all ranks have ended.
+    pub side: Option<Side>,
 }
 
-/// Runs a group on all ranks, which are given in order. Blocks until every rank has ended.
-pub(super) fn serve<B, C>(ranks: Vec<Rank<'_, B, C>>, work: Work<'_>) -> Result<(), EngineError>
+/// Runs a group on the ranks of this process, the root among them, which are given in order. Blocks until every one of them has ended.
+pub(super) fn serve<B, C>(ranks: Vec<Rank<'_, B, C>>, mut work: Work<'_>) -> Result<(), EngineError>
 where
     B: Backend,
     C: Comm<B::Matrix, B::Scores>,
@@ -42,9 +45,21 @@ where
         orders.push(Some(receiver));
     }
     let rows = pass_rows(&work.limits);
-    let mut work = Some((work, followers));
+    // Kept until the last of the ranks has ended: the others meet at it.
+    let mut side = work.side.take();
+    let nodes = match &mut side {
+        Some(Side::First(hub)) => hub.take_orders(),
+        _ => Vec::new(),
+    };
     let outcomes = scope(|scope| {
-        let mut threads = Vec::with_capacity(ranks.len());
+        let mut threads = Vec::with_capacity(ranks.len() + nodes.len());
+        for node in nodes {
+            let (sender, commands) = channel();
+            followers.push(sender);
+            let builder = Builder::new().name(format!("apbd-node-{}", node.node()));
+            threads.push(builder.spawn_scoped(scope, move || pass_on(&node, &commands)));
+        }
+        let mut work = Some((work, followers));
         for rank in ranks {
             let index = rank.comm.rank();
             let builder = Builder::new().name(format!("apbd-rank-{index}"));
@@ -64,6 +79,52 @@ where
     settle(outcomes)
 }
 
+/// Sends a node every command as it comes. What it does not get it can not obey, and the communicator says so.
+fn pass_on(node: &Orders, commands: &Receiver<Arc<Command>>) -> Result<(), RankError> {
+    for command in commands {
+        let order = serde_json::to_value(&*command);
+        let order = order.map_err(|error| CommError::Device { op: "order", reason: error.to_string() })?;
+        if !node.send(order) {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// Runs the ranks of another node than the first, which are given in order, on what the first decides. Blocks until that has no more to do.
+pub(super) fn follow_first_node<B, C>(ranks: Vec<Rank<'_, B, C>>, told: Told, rows: usize) -> Result<(), EngineError>
+where
+    B: Backend,
+    C: Comm<B::Matrix, B::Scores>,
+{
+    let mut unheard = None;
+    let outcomes = scope(|scope| {
+        let (mut threads, mut followers) = (Vec::with_capacity(ranks.len()), Vec::with_capacity(ranks.len()));
+        for rank in ranks {
+            let (sender, orders) = channel();
+            followers.push(sender);
+            let builder = Builder::new().name(format!("apbd-rank-{}", rank.comm.rank()));
+            threads.push(builder.spawn_scoped(scope, move || follow(&rank, Some(orders), rows)));
+        }
+        for order in told {
+            match serde_json::from_value::<Command>(order).map(Arc::new) {
+                // One that went away has aborted the communicator, or is about to.
+                Ok(command) => followers.iter().for_each(|follower| drop(follower.send(command.clone()))),
+                Err(error) => {
+                    unheard = Some(format!("what the first node wants is not understood: {error}"));
+                    break;
+                }
+            }
+        }
+        drop(followers);
+        threads.into_iter().map(join).collect::<Vec<_>>()
+    });
+    match unheard {
+        Some(reason) => Err(EngineError::Device { reason }),
+        None => settle(outcomes),
+    }
+}
+
 /// Runs one job on ranks of its own, given in order. Blocks until every rank has ended.
 pub fn run<B, C>(ranks: Vec<Rank<'_, B, C>>, job: &Job<'_>, driver: &mut dyn Driver) -> Result<Timing, EngineError>
 where
@@ -80,7 +141,7 @@ where
     drop(sender);
     let limits = Limits { at_once: 1, stall: Duration::ZERO };
     scope(|scope| {
-        let group = scope.spawn(|| serve(ranks, Work { inbox, limits, budget: &|_| u64::MAX }));
+        let group = scope.spawn(|| serve(ranks, Work { inbox, limits, budget: &|_| u64::MAX, side: None }));
         let outcome = to_root.converse(driver);
         let served = group.join().unwrap_or_else(|_| Err(EngineError::Device { reason: "the group panicked".into() }));
         match (outcome, served) {
@@ -118,7 +179,7 @@ where
     B: Backend,
     C: Comm<B::Matrix, B::Scores>,
 {
-    let Work { inbox, limits, budget } = work;
+    let Work { inbox, limits, budget, .. } = work;
     guarded(rank, || {
         let member = Member::new(rank, pass_rows(&limits))?;
         // Nobody begins before every rank has its buffers.

@@ -68,6 +68,16 @@ impl<D: Devices> ModelEngine<D> {
         self.door()?.run(job, needs, driver)
     }
 
+    /// Joins the ranks now, not with the first inference: on several nodes the others wait for it.
+    pub fn join(&self) -> Result<(), EngineError> {
+        self.door().map(drop)
+    }
+
+    /// On another node than the first: does what that decides, until it has no more to do. Blocks.
+    pub fn follow(&self) -> Result<(), EngineError> {
+        self.model.follow(&self.limits())
+    }
+
     /// The way to a group that is alive.
     fn door(&self) -> Result<Door, EngineError> {
         let mut group = self.group.lock().unwrap_or_else(PoisonError::into_inner);

@@ -149,6 +149,9 @@ pub struct AttentionMessage {
     /// Passing length in tokens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub passing: Option<u32>,
+    /// Tokens of the context whose keys and values are kept after it has been read.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_budget: Option<u32>,
 }
 
 /// `auto`, or the name of a strategy.
@@ -364,6 +367,8 @@ fn check_attention(message: Option<&AttentionMessage>, faults: &mut Faults) -> A
     let long = |tokens: Option<u32>| tokens.is_some_and(|tokens| tokens > 1 << 24);
     faults.refuse(long(message.anchor), "attention.anchor: more than 16777216 tokens");
     faults.refuse(long(message.passing), "attention.passing: more than 16777216 tokens");
+    let is_budget = |tokens: u32| (1..=1 << 24).contains(&tokens);
+    faults.refuse(!message.kv_budget.is_none_or(is_budget), "attention.kv_budget: not in 1..16777216 tokens");
     let mode = message.mode.and_then(|mode| match mode {
         ModeMessage::Auto => None,
         ModeMessage::Full => Some(AttentionMode::Full),
@@ -378,6 +383,7 @@ fn check_attention(message: Option<&AttentionMessage>, faults: &mut Faults) -> A
         hosts: size(message.hosts),
         anchor: size(message.anchor),
         passing: size(message.passing),
+        kv_budget: size(message.kv_budget),
         ..AttentionRequest::default()
     }
 }

@@ -5,14 +5,12 @@
 use std::collections::BTreeMap;
 
 use super::profile::{Profile, Profiles};
-use crate::cost::{GroupLoad, takes_up_to_s};
 use crate::engine::SequenceId;
-use crate::engine::schedule::{Limits, Schedule, Step};
+use crate::engine::schedule::{Limits, Needs, Schedule, Step};
 
 /// A document in a group.
 struct Sequence {
     profile: Profile,
-    begun: bool,
     layers_left: usize,
     query_left: usize,
     /// Tokens that are still to be generated, the first one among them.
@@ -20,17 +18,27 @@ struct Sequence {
     generated: usize,
 }
 
-impl Sequence {
-    fn prefill_left_s(&self) -> f64 {
-        self.layers_left as f64 * self.profile.layer_s + self.query_left as f64 * self.profile.query_pass_s
-    }
+/// A step that begins.
+pub struct Beginning {
+    /// Seconds it takes.
+    pub seconds: f64,
+    /// Documents whose prefill began since the last step.
+    pub began: Vec<usize>,
+}
+
+/// What a step that ended has brought.
+#[derive(Default)]
+pub struct Ending {
+    /// Documents that have their last token.
+    pub done: Vec<usize>,
+    /// A document whose prefill went on, and the part of it that is done.
+    pub prefilled: Option<(usize, f64)>,
 }
 
 /// A group of the pool.
 pub struct Group {
     /// Devices.
     pub ranks: usize,
-    limits: Limits,
     budget_bytes: u64,
     schedule: Schedule,
     sequences: BTreeMap<SequenceId, Sequence>,
@@ -41,7 +49,7 @@ pub struct Group {
     /// Bytes that were taken at most.
     pub peak_bytes: u64,
     /// Documents that its schedule refused; there are none if only what fits is sent.
-    pub refused: usize,
+    pub refused: Vec<usize>,
 }
 
 impl Group {
@@ -49,28 +57,13 @@ impl Group {
     pub fn new(ranks: usize, limits: Limits, budget_bytes: u64) -> Self {
         Self {
             ranks,
-            limits,
             budget_bytes,
             schedule: Schedule::new(limits),
             sequences: BTreeMap::new(),
             step: None,
             busy_s: 0.0,
             peak_bytes: 0,
-            refused: 0,
-        }
-    }
-
-    /// As routing sees it.
-    pub fn load(&self) -> GroupLoad {
-        let begun = |sequence: &&Sequence| sequence.begun && sequence.prefill_left_s() > 0.0;
-        let running_s = self.sequences.values().filter(begun).map(Sequence::prefill_left_s).fold(0.0, f64::max);
-        let waiting_s = self.sequences.values().filter(|sequence| !sequence.begun).map(Sequence::prefill_left_s);
-        let has_room = self.sequences.len() < self.limits.at_once;
-        GroupLoad {
-            ranks: self.ranks,
-            takes_up_to_s: if has_room { takes_up_to_s(running_s, waiting_s) } else { 0.0 },
-            documents: self.sequences.len(),
-            backlog_s: self.sequences.values().map(Sequence::prefill_left_s).sum(),
+            refused: Vec::new(),
         }
     }
 
@@ -82,25 +75,25 @@ impl Group {
     /// A document comes.
     pub fn add(&mut self, document: usize, profile: Profile, new_tokens: usize) {
         let (layers_left, query_left) = (profile.needs.layers, profile.needs.query_passes);
-        let sequence =
-            Sequence { profile, begun: false, layers_left, query_left, tokens_left: new_tokens.max(1), generated: 0 };
+        let sequence = Sequence { profile, layers_left, query_left, tokens_left: new_tokens.max(1), generated: 0 };
         let id = SequenceId(document as u64);
         self.sequences.insert(id, sequence);
         self.schedule.add(id, profile.needs);
     }
 
-    /// Begins the next step; the seconds it takes, or `None` if there is nothing to do.
-    pub fn begin(&mut self, profiles: &Profiles<'_>) -> Option<f64> {
+    /// Begins the next step, if there is anything to do.
+    pub fn begin(&mut self, profiles: &Profiles<'_>) -> Option<Beginning> {
+        let mut began = Vec::new();
         loop {
             let step = self.schedule.next(self.budget_bytes);
             self.peak_bytes = self.peak_bytes.max(self.schedule.used_bytes());
             let seconds = match &step {
                 Step::Begin(id) => {
-                    self.sequence(*id).begun = true;
+                    began.push(document(*id));
                     continue;
                 }
                 Step::Refuse(id) => {
-                    self.refused += 1;
+                    self.refused.push(document(*id));
                     self.sequences.remove(id);
                     continue;
                 }
@@ -110,35 +103,44 @@ impl Group {
                 Step::Generate(ids) => self.generate_s(ids, profiles),
             };
             self.step = Some((step, seconds));
-            return Some(seconds);
+            return Some(Beginning { seconds, began });
         }
     }
 
-    /// Ends the step that was begun; the documents that are done by it.
-    pub fn end(&mut self) -> Vec<usize> {
-        let mut done = Vec::new();
-        let Some((step, seconds)) = self.step.take() else { return done };
+    /// Ends the step that was begun.
+    pub fn end(&mut self) -> Ending {
+        let mut ending = Ending::default();
+        let Some((step, seconds)) = self.step.take() else { return ending };
         self.busy_s += seconds;
         match step {
             Step::Layer(id) => {
                 let sequence = self.sequence(id);
                 sequence.layers_left -= 1;
+                let Needs { layers, layer_flops, .. } = sequence.profile.needs;
+                let flops_per_s = layer_flops / sequence.profile.layer_s;
+                ending.prefilled = Some((document(id), 1.0 - sequence.layers_left as f64 / layers as f64));
                 if sequence.layers_left == 0 {
-                    let flops_per_s = sequence.profile.needs.layer_flops / sequence.profile.layer_s;
+                    let has_query = sequence.query_left == 0;
                     self.schedule.learn(flops_per_s);
+                    if has_query {
+                        self.token(id, &mut ending.done);
+                    }
                 }
             }
             Step::Query(id) => {
                 let sequence = self.sequence(id);
                 sequence.query_left -= 1;
                 if sequence.query_left == 0 {
-                    self.token(id, &mut done);
+                    self.token(id, &mut ending.done);
                 }
             }
-            Step::Generate(ids) => ids.into_iter().for_each(|id| self.token(id, &mut done)),
-            _ => {}
+            Step::Generate(ids) => {
+                self.schedule.learn_step(seconds);
+                ids.into_iter().for_each(|id| self.token(id, &mut ending.done));
+            }
+            Step::Begin(_) | Step::Refuse(_) | Step::Wait => {}
         }
-        done
+        ending
     }
 
     fn generate_s(&self, ids: &[SequenceId], profiles: &Profiles<'_>) -> f64 {
@@ -158,7 +160,12 @@ impl Group {
         if sequence.tokens_left == 0 {
             self.sequences.remove(&id);
             self.schedule.end(id);
-            done.push(id.0 as usize);
+            done.push(document(id));
         }
     }
+}
+
+/// The document that a sequence is of.
+fn document(id: SequenceId) -> usize {
+    id.0 as usize
 }

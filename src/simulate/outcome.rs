@@ -34,9 +34,9 @@ pub struct Latency {
 /// What came of a simulation.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Outcome {
-    /// Documents an hour, while there were documents that waited.
+    /// Documents an hour, from the first that came to the last that was done.
     pub per_hour: f64,
-    /// Part of the devices' time in which they worked, in that time.
+    /// Part of the devices' time in which they worked.
     pub busy_share: f64,
     /// Documents that fit into no group.
     pub refused: usize,

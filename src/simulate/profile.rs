@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use super::mix::Mix;
 use crate::cost::CostModel;
 use crate::engine::schedule::Needs;
+use crate::plan::route::Offer;
 use crate::plan::{PlanError, PrefillPlan, QUERY_CHUNK};
 
 /// A document on a group.
@@ -16,7 +17,7 @@ pub struct Profile {
     pub needs: Needs,
     /// Seconds of a layer of its prefill.
     pub layer_s: f64,
-    /// Seconds of a pass of its query.
+    /// Seconds of a pass of its query after the context.
     pub query_pass_s: f64,
     /// Tokens that are kept, the query's among them.
     pub kept_tokens: usize,
@@ -26,6 +27,17 @@ impl Profile {
     /// Seconds until it generates, if nothing else runs.
     pub fn prefill_s(&self) -> f64 {
         self.layer_s * self.needs.layers as f64 + self.query_pass_s * self.needs.query_passes as f64
+    }
+
+    /// As routing asks for it.
+    pub fn offer(&self) -> Offer {
+        let Needs { kept_bytes, transient_bytes, .. } = self.needs;
+        Offer { seconds: self.prefill_s(), kept_bytes, transient_bytes }
+    }
+
+    /// Bytes it takes on a rank while it prefills.
+    pub fn bytes(&self) -> u64 {
+        self.needs.kept_bytes.saturating_add(self.needs.transient_bytes)
     }
 }
 
@@ -53,8 +65,7 @@ impl<'a> Profiles<'a> {
             let budget = model.memory_budget().saturating_sub(model.fixed_memory(ranks, at_once));
             let of_part = |tokens: usize| {
                 let profile = profile(model, &plan(tokens, ranks)?, ranks, new_tokens);
-                let fits = profile.needs.kept_bytes.saturating_add(profile.needs.transient_bytes) <= budget;
-                Ok(fits.then_some(profile))
+                Ok((profile.bytes() <= budget).then_some(profile))
             };
             let profiles = mix.parts.iter().map(|part| of_part(part.tokens)).collect::<Result<Vec<_>, PlanError>>()?;
             by_ranks.insert(ranks, profiles);
@@ -82,13 +93,15 @@ impl<'a> Profiles<'a> {
 fn profile(model: &CostModel, plan: &PrefillPlan, ranks: usize, new_tokens: usize) -> Profile {
     let layers = model.shape.layers;
     let prefill = model.prefill(plan, ranks);
-    let query_passes = plan.query.div_ceil(QUERY_CHUNK).max(1);
+    // As the engine counts them: none for a query that goes with its context.
+    let query_passes = (plan.query - plan.query_rows()).div_ceil(QUERY_CHUNK);
+    let first_token_s = model.query_pass_s(plan, ranks);
     let [kept_bytes, transient_bytes] = model.memory_parts(plan, ranks, new_tokens);
     let busiest = prefill.ranks.iter().map(|rank| rank.flops).fold(0.0, f64::max);
     Profile {
         needs: Needs { layers, layer_flops: busiest / layers as f64, query_passes, kept_bytes, transient_bytes },
-        layer_s: prefill.seconds / layers as f64,
-        query_pass_s: model.query_pass_s(plan, ranks) / query_passes as f64,
-        kept_tokens: plan.context + plan.query,
+        layer_s: (prefill.seconds + if query_passes == 0 { first_token_s } else { 0.0 }) / layers as f64,
+        query_pass_s: first_token_s / query_passes.max(1) as f64,
+        kept_tokens: model.kept_tokens(plan),
     }
 }

@@ -24,6 +24,25 @@ use crate::telemetry::health::Component;
 /// How often a request is asked whether its caller still wants it, and its child whether it lives.
 const TICK: Duration = Duration::from_millis(100);
 
+/// What a child is given at its start, beside what all of them are.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Prepared {
+    /// Arguments after the others.
+    pub arguments: Vec<String>,
+    /// Variables of its environment; what must not stand on a command line.
+    pub environment: Vec<(String, String)>,
+}
+
+/// Called before every start of a child; blocks, and says why there can be none now.
+#[derive(Clone)]
+pub struct Prepare(pub Arc<dyn Fn() -> Result<Prepared, String> + Send + Sync>);
+
+impl std::fmt::Debug for Prepare {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Prepare")
+    }
+}
+
 /// How the child is run and watched.
 #[derive(Debug, Clone)]
 pub struct EngineOptions {
@@ -31,12 +50,23 @@ pub struct EngineOptions {
     pub group: String,
     /// Program and arguments.
     pub program: Vec<String>,
+    /// What every start needs anew.
+    pub prepare: Option<Prepare>,
     /// Time to load the model.
     pub start_within: Duration,
     /// Silence that is borne at least.
     pub silence_floor: Duration,
     /// Silence that is borne, in multiples of the predicted time.
     pub silence_factor: f64,
+}
+
+impl EngineOptions {
+    /// Starts a child, and waits for its model.
+    pub(super) fn start_child(&self, stop: &AtomicBool) -> Result<(Process, EngineInfo), String> {
+        let Prepared { arguments, environment } = self.prepare.as_ref().map_or(Ok(Prepared::default()), |p| (p.0)())?;
+        let program = [&self.program[..], &arguments].concat();
+        Process::start(&program, &environment, self.start_within, self.silence_floor, stop)
+    }
 }
 
 /// The engine behind its process.
@@ -53,7 +83,7 @@ impl SupervisedEngine {
         culprits: Arc<Mutex<Culprits>>,
     ) -> Result<Self, String> {
         let never = AtomicBool::new(false);
-        let (process, info) = Process::start(&options.program, options.start_within, options.silence_floor, &never)?;
+        let (process, info) = options.start_child(&never)?;
         info!(
             engine.group = options.group,
             engine.pid = process.id(),

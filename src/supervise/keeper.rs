@@ -42,9 +42,7 @@ fn idle_and_ended(supervisor: &Supervisor) -> Option<Arc<Process>> {
 }
 
 fn start(supervisor: &Supervisor) {
-    let options = &supervisor.options;
-    let started = Process::start(&options.program, options.start_within, options.silence_floor, &supervisor.stop);
-    match started {
+    match supervisor.options.start_child(&supervisor.stop) {
         Ok((process, info)) if info.model_digest == supervisor.info.model_digest => supervisor.started(process, &info),
         Ok(_) => {
             let reason = "its model is not the one the daemon started with; restart the daemon";

@@ -22,5 +22,5 @@ mod speeds;
 mod state;
 pub mod wire;
 
-pub use engine::EngineOptions;
+pub use engine::{EngineOptions, Prepare, Prepared};
 pub use pool::{Pool, PoolGroup};

@@ -23,8 +23,9 @@ use crate::telemetry::metrics;
 const TICK: Duration = Duration::from_millis(100);
 /// Documents a group that wait for groups larger than it. More would take the places of those that it could do meanwhile.
 const WAITING: usize = 1;
-/// When a document comes again that the pool has no place for: never sooner, and never later, however much there is to do.
-const COMES_AGAIN_S: (f64, f64) = (5.0, 60.0);
+/// When a document comes again that the pool has no place for: when the group should be free, but never sooner and never later than this. Coming too
+/// often would fill the table of attempts.
+const COMES_AGAIN_S: (f64, f64) = (5.0, 900.0);
 /// How often a document may come back undone before it is handed back to where it came from.
 const TRIES: usize = 8;
 

@@ -57,12 +57,13 @@ impl Process {
     /// Starts it and waits until its model is loaded. `silence_at_most` is how long it may take to read what it is told.
     pub fn start(
         program: &[String],
+        environment: &[(String, String)],
         within: Duration,
         silence_at_most: Duration,
         stop: &AtomicBool,
     ) -> Result<(Self, EngineInfo), String> {
         let (greetings, greeting) = mpsc::channel();
-        let spawned = Self::spawn(program, greetings, silence_at_most);
+        let spawned = Self::spawn(program, environment, greetings, silence_at_most);
         let process = spawned.map_err(|error| format!("it could not be started: {error}"))?;
         let deadline = Instant::now() + within;
         while Instant::now() < deadline {
@@ -82,13 +83,19 @@ impl Process {
         Err(format!("it was not ready within {} s", within.as_secs()))
     }
 
-    fn spawn(program: &[String], greetings: Sender<Answer>, silence_at_most: Duration) -> io::Result<Self> {
+    fn spawn(
+        program: &[String],
+        environment: &[(String, String)],
+        greetings: Sender<Answer>,
+        silence_at_most: Duration,
+    ) -> io::Result<Self> {
         let (ours, theirs) = UnixStream::pair()?;
         // A child that does not read must not hold up who speaks to it.
         ours.set_write_timeout(Some(silence_at_most.max(TICK)))?;
         let (name, arguments) = program.split_first().ok_or_else(|| io::Error::other("no program is configured"))?;
         let child = Command::new(name)
             .args(arguments)
+            .envs(environment.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::from(OwnedFd::from(theirs)))
             .stdout(Stdio::null())
             // A Ctrl-C for the daemon is not one for the engine: the daemon drains.

@@ -103,7 +103,7 @@ mod tests {
 
     fn plan(context: usize) -> PrefillPlan {
         let capabilities = Capabilities { has_retaining_heads: true, max_hosts: 8 };
-        let request = AttentionRequest { mode: Some(AttentionMode::Full), ..AttentionRequest::default() };
+        let request = AttentionRequest { mode: Some(AttentionMode::Apb), ..AttentionRequest::default() };
         PrefillPlan::new(context, 10, 1, &request, capabilities).expect("a plan")
     }
 
@@ -137,7 +137,8 @@ mod tests {
             let mut speeds = Speeds::new([(1, &info), (4, &info)]);
             let (short, long) = (plan(4096), plan(65536));
             let [one, four] = [speeds.seconds(0, &short), speeds.seconds(1, &short)];
-            assert!(four < one + 1e-12, "{four} {one}");
+            // One host: four GPUs read it no faster, and gather a little.
+            assert!(four < 1.05 * one, "{four} {one}");
             speeds.observe(0, &short, &outcome(&short, 100.0 * one));
             assert!((speeds.seconds(0, &short) / one - 100.0).abs() < 1e-6);
             assert!((speeds.seconds(1, &short) / four - 100.0).abs() < 1e-6, "the same kind of device");

@@ -71,18 +71,21 @@ fn padded<T: Copy + Default>(values: &[T], rows: usize, cols: usize) -> Vec<T> {
     if rows == 0 { vec![T::default(); cols] } else { values.to_vec() }
 }
 
+/// A test's name, the devices that it needs, and what it does with them.
+type Test = (&'static str, usize, fn(&Devices));
+
 /// The suite and the tests below. They run alone: two communicators on the same devices may each wait for what the other has to do first.
 pub fn trials(device: &Arc<Mutex<Option<Cuda>>>) -> Vec<Trial> {
     let there_is_a_device = device.lock().unwrap().is_some();
     let devices = Arc::new(if there_is_a_device { Devices::open() } else { Devices(Vec::new()) });
-    let own: [(&str, usize, fn(&Devices)); 5] = [
+    let own: [Test; 5] = [
         ("a_collective_waits_for_what_was_computed_and_is_waited_for", 2, order),
         ("memory_of_a_collective_is_not_given_to_others_before_it_is_done", 2, dropped),
         ("a_wait_for_a_device_ends_when_a_peer_gives_up", 2, given_up),
         ("a_wait_for_a_device_ends_by_the_deadline", 2, too_late),
         ("a_communicator_serves_as_often_as_it_is_asked", 2, often),
     ];
-    let trial = |(name, needed, test): (&str, usize, fn(&Devices))| {
+    let trial = |(name, needed, test): Test| {
         let (devices, alone, ignored) = (devices.clone(), device.clone(), devices.0.len() < needed);
         let run = move || {
             let _alone = alone.lock();

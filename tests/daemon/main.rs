@@ -11,6 +11,7 @@ mod harness;
 mod hostile;
 mod intake;
 mod life;
+mod nodes;
 mod objects;
 mod outputs;
 mod pool;

@@ -103,7 +103,9 @@ async fn documents_share_a_group_as_far_as_its_memory_goes() {
     }
     // An engine that is brought more than it has ends, and that would be seen.
     for job in settled(&*store, 24).await {
-        assert_eq!(succeeded(&*store, job.job_id).await.attempts.len(), 1);
+        // Some long ones have come again, because others waited for the large group already; nothing is counted for that.
+        let failures = succeeded(&*store, job.job_id).await.failures;
+        assert_eq!((failures.suspect, failures.infra), (0, 0));
     }
     assert!(!daemon.log().contains("is replaced"), "{}", daemon.log());
 }

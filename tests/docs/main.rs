@@ -5,6 +5,7 @@ mod compose;
 mod events;
 mod folders;
 mod messages;
+mod nodes;
 mod operations;
 mod reasons;
 #[path = "../services/mod.rs"]

@@ -13,7 +13,13 @@ use super::strategies::relative_error;
 /// A golden model of random weights, on so many ranks.
 fn open(ranks: usize, concurrency: usize, memory_bytes: u64) -> LocalEngine {
     let model = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/goldens/llama-3.1");
-    let options = LocalOptions { ranks, threads: ranks, concurrency, memory_bytes: Some(memory_bytes), heads: None };
+    let options = LocalOptions {
+        ranks,
+        threads: ranks,
+        concurrency,
+        memory_bytes: Some(memory_bytes),
+        ..LocalOptions::default()
+    };
     LocalEngine::open(&model, &options).unwrap()
 }
 

@@ -1,10 +1,10 @@
-//! The CPU backend with a fault at a chosen call, and an account of what is allocated.
+//! The CPU backend with a fault at a chosen call, and an account of what is allocated and multiplied.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use apbd::backend::cpu::Cpu;
-use apbd::backend::{AttentionTask, Backend, BackendError, HeadShape, KvMut, KvRef, WeightView};
+use apbd::backend::{AttentionTask, Backend, BackendError, HeadShape, KvMut, KvRef, Mask, WeightView};
 
 /// What happens at the chosen call.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -22,13 +22,21 @@ pub struct Instrumented {
     /// Bytes allocated before the first `synchronize`, and after it.
     allocated: [AtomicU64; 2],
     phase: AtomicUsize,
+    /// Floating-point operations of products, scores and attention before the first `synchronize`, and after it.
+    flops: [AtomicU64; 2],
 }
 
 impl Instrumented {
     /// `fault` comes at the call with that number, counted over all operations.
     pub fn new(inner: Cpu, fault: Option<(usize, Fault)>) -> Self {
         let zero = || AtomicU64::new(0);
-        Self { inner, fault, calls: AtomicUsize::new(0), allocated: [zero(), zero()], phase: AtomicUsize::new(0) }
+        let (allocated, flops) = ([zero(), zero()], [zero(), zero()]);
+        Self { inner, fault, calls: AtomicUsize::new(0), allocated, phase: AtomicUsize::new(0), flops }
+    }
+
+    /// Floating-point operations during prefill, and after it.
+    pub fn flops(&self) -> [u64; 2] {
+        self.flops.each_ref().map(|flops| flops.load(Ordering::SeqCst))
     }
 
     /// Bytes allocated during prefill, and after it.
@@ -50,9 +58,24 @@ impl Instrumented {
         }
     }
 
+    /// A multiplication and an addition for each of so many terms.
+    fn multiply(&self, terms: usize) {
+        self.flops[self.phase.load(Ordering::SeqCst)].fetch_add(2 * terms as u64, Ordering::SeqCst);
+    }
+
     fn allocate(&self, rows: usize, cols: usize) {
         self.allocated[self.phase.load(Ordering::SeqCst)].fetch_add(4 * (rows * cols) as u64, Ordering::SeqCst);
     }
+}
+
+/// Pairs of a query and a key that it sees; causal segments are aligned at the bottom right.
+fn visible_pairs(task: &AttentionTask) -> usize {
+    let queries = task.queries.len();
+    let of_segment = |(rows, mask): (usize, Mask)| match mask {
+        Mask::Full => queries * rows,
+        Mask::Causal => queries * rows - queries * queries.saturating_sub(1) / 2,
+    };
+    task.segments.iter().map(|segment| of_segment((segment.rows.len(), segment.mask))).sum()
 }
 
 type Done = Result<(), BackendError>;
@@ -96,10 +119,12 @@ impl Backend for Instrumented {
     }
     fn linear(&self, rows: usize, x: &Matrix, w: &Weight, bias: Option<&Weight>, add: bool, out: &mut Matrix) -> Done {
         self.count("linear")?;
+        self.multiply(rows * w.rows() * w.cols());
         self.inner.linear(rows, x, w, bias, add, out)
     }
     fn mlp(&self, rows: usize, h: &Matrix, gate_up: &Weight, down: &Weight, x: &mut Matrix) -> Done {
         self.count("mlp")?;
+        self.multiply(rows * (gate_up.rows() * gate_up.cols() + down.rows() * down.cols()));
         self.inner.mlp(rows, h, gate_up, down, x)
     }
     fn rope_store(
@@ -117,6 +142,7 @@ impl Backend for Instrumented {
     }
     fn retaining_scores(&self, rows: usize, qkv: &Matrix, w1: &Weight, w2: &Weight, out: &mut Scores) -> Done {
         self.count("retaining_scores")?;
+        self.multiply(rows * (w1.rows() * w1.cols() + w2.rows() * w2.cols()));
         self.inner.retaining_scores(rows, qkv, w1, w2, out)
     }
     fn query_aware_scores(
@@ -129,6 +155,7 @@ impl Backend for Instrumented {
         out: &mut Scores,
     ) -> Done {
         self.count("query_aware_scores")?;
+        self.multiply(queries.len() * rows * shape.q_width());
         self.inner.query_aware_scores(shape, queries, q_qkv, rows, k, out)
     }
     fn set_scores(&self, values: &[f32], out: &mut Scores) -> Done {
@@ -168,6 +195,8 @@ impl Backend for Instrumented {
         lse: Option<&mut Scores>,
     ) -> Done {
         self.count("attention")?;
+        // Scores and weighted values.
+        self.multiply(2 * shape.q_width() * tasks.iter().map(visible_pairs).sum::<usize>());
         self.inner.attention(shape, q, sources, tasks, out, lse)
     }
     fn merge(

@@ -64,7 +64,7 @@ pub const MULTI_QUERY: Variant =
 pub const VOCAB: usize = 160;
 const HIDDEN: usize = 20;
 const INTERMEDIATE: usize = 28;
-const RETAINING_WIDTH: usize = 12;
+pub const RETAINING_WIDTH: usize = 12;
 
 struct Random(StdRng);
 

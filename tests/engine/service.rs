@@ -90,6 +90,7 @@ fn asked_of_ownership() -> (String, Vec<serde_json::Value>) {
     (document, questions.filter(|asked| asked["document"] == "ownership.md" && asked["kind"] == "record").collect())
 }
 
+/// In parts of about a thousand tokens the logits moved by 0.15 to 0.49 % of the largest; APB itself moves them by 2 to 16 %.
 #[test]
 fn passing_blocks_in_fp8_cost_the_fixture_model_little() {
     let (document, questions) = asked_of_ownership();
@@ -113,7 +114,7 @@ fn passing_blocks_in_fp8_cost_the_fixture_model_little() {
         let reference: Vec<f64> = native.iter().map(|logit| f64::from(*logit)).collect();
         let (cost, of_apb) = (relative_error(&fp8, &reference), relative_error(&full, &reference));
         println!("{} tokens: FP8 {cost:.4}, APB against full {of_apb:.4}", outcome.plan.context);
-        assert!(cost > 0.0 && cost < 0.04, "{}: {cost}", asked["question"]);
+        assert!(cost > 0.0 && cost < 0.02, "{}: {cost}", asked["question"]);
         assert_eq!(outcome.text, answer, "{}", asked["question"]);
         assert!(outcome.plan.notes.iter().any(|note| note.contains("FP8")), "{:?}", outcome.plan.notes);
     }

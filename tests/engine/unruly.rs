@@ -138,6 +138,9 @@ impl Comm<Matrix, Scores> for Unruly {
     fn barrier(&self) -> Result<(), CommError> {
         self.call(Kind::Barrier, Comm::<Matrix, Scores>::barrier)
     }
+    fn check(&self) -> Result<(), CommError> {
+        Comm::<Matrix, Scores>::check(&self.inner)
+    }
     fn abort(&self, reason: &str) {
         Comm::<Matrix, Scores>::abort(&self.inner, reason);
     }

@@ -3,6 +3,7 @@
 mod costs;
 mod drops;
 mod errors;
+mod meeting;
 mod on_postgres;
 #[path = "../services/postgres.rs"]
 mod postgres;
@@ -67,6 +68,8 @@ on_both! {
     latency_is_reported_by_stage;
     errors:
     every_error_has_the_fate_of_its_class;
+    meeting:
+    nodes_find_the_first_one_while_it_waits;
     costs:
     what_inferences_take_is_learned
     nothing_that_is_observed_is_lost;

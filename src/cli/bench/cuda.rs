@@ -82,7 +82,7 @@ pub(super) fn engine(options: &Options, rows: &mut Vec<Row>) -> Result<CudaEngin
         };
         Weights::random(&spec, options.head_width, make)
     };
-    let opened = CudaDevices::open(&devices, &cuda_options(options), load).map_err(failed)?;
+    let opened = CudaDevices::open(&devices, &cuda_options(options), None, load).map_err(failed)?;
     rows.extend(ceilings.into_inner().unwrap_or_else(PoisonError::into_inner));
     let name = options.shape.as_str().to_owned();
     Ok(CudaEngine::new(name.clone(), name, spec, opened, None))

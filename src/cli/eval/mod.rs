@@ -49,6 +49,9 @@ pub struct Args {
     /// Passing length in tokens, per host and KV head.
     #[arg(long, value_name = "N")]
     passing: Option<usize>,
+    /// Tokens of a document whose keys and values are kept once it has been read, per KV head; by default all.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    kv_budget: Option<u32>,
     /// Leave the question out of APB's anchor.
     #[arg(long)]
     no_query_in_anchor: bool,
@@ -198,6 +201,7 @@ impl Args {
                         hosts: self.hosts,
                         anchor: self.anchor,
                         passing: self.passing,
+                        kv_budget: self.kv_budget.map(|tokens| tokens as usize),
                         selector: selector.map(|name| name.selector(self.seed)),
                         query_in_anchor: (apb && self.no_query_in_anchor).then_some(false),
                         ..AttentionRequest::default()

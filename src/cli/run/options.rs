@@ -45,6 +45,9 @@ pub(super) struct JobArgs {
     /// Passing length in tokens, per host and KV head.
     #[arg(long, value_name = "N")]
     passing: Option<u32>,
+    /// Tokens of a document whose keys and values are kept once it has been read, per KV head; needs retaining heads, costs exactness. By default all.
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    kv_budget: Option<u32>,
     /// Tokens to generate at most.
     #[arg(long, value_name = "N", default_value_t = MAX_NEW_TOKENS)]
     max_new_tokens: u32,
@@ -92,8 +95,8 @@ impl JobArgs {
             Attention::Star => ModeMessage::Star,
             Attention::Apb => ModeMessage::Apb,
         };
-        message.attention =
-            Some(AttentionMessage { mode: Some(mode), hosts: self.hosts, anchor: self.anchor, passing: self.passing });
+        let (hosts, anchor, passing, kv_budget) = (self.hosts, self.anchor, self.passing, self.kv_budget);
+        message.attention = Some(AttentionMessage { mode: Some(mode), hosts, anchor, passing, kv_budget });
         message.max_new_tokens = Some(self.max_new_tokens);
         message.temperature = Some(self.temperature);
         message.seed = Some(self.seed);

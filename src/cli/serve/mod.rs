@@ -5,7 +5,7 @@
 //!
 //! Invariant: every task that was started has ended when this returns; a decoder that nobody waits for any more ends with the process.
 
-mod engines;
+pub(super) mod engines;
 mod events;
 mod gauges;
 mod learned;
@@ -188,7 +188,7 @@ impl Daemon {
         model: &Path,
         observed: impl Fn(Observation) + Send + Sync + 'static,
     ) -> Result<Arc<Pool>, CliError> {
-        let groups = engines::groups(&self.config.engine, model)?;
+        let groups = engines::groups(&self.config.engine, model, &self.store)?;
         let is_one = groups.len() == 1;
         let health = |name: &str| match is_one {
             true => self.health.component("engine"),

@@ -112,7 +112,6 @@ impl Line {
     }
 
     /// As the rounds' own.
-    #[cfg(feature = "cuda")]
     pub fn ended(&self, wait: Duration) -> Option<CommError> {
         let mut state = self.lock();
         if state.ended.is_none() && !wait.is_zero() {

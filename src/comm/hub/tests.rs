@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 
 use super::{Orders, Place, Side};
 use crate::backend::cpu::{Matrix, Scores};
+use crate::comm::CommError;
 use crate::comm::conformance::{self, PATIENT, Ranks};
 use crate::comm::local::LocalComm;
-use crate::comm::{Comm, CommError};
 
 /// Every rank a node of its own. What comes with the ends is kept to the end of the process.
 struct Nodes(Mutex<Vec<Side>>);
@@ -77,7 +77,8 @@ fn a_node_that_never_comes_is_named_on_the_first_node_and_on_those_that_came() {
     std::thread::scope(|scope| {
         let waits = scope.spawn(|| LocalComm::group_at(&second, 1, PATIENT).map(drop));
         let refused = LocalComm::group_at(&first, 1, PATIENT).map(drop).unwrap_err().to_string();
-        assert!(refused.contains("of 3 nodes number 1, 2 did not come within 0 s"), "{refused}");
+        // The second may have come by then.
+        assert!(refused.contains("of 3 nodes number") && refused.contains("2 did not come within"), "{refused}");
         assert!(waits.join().unwrap().is_err());
     });
     assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());

@@ -183,15 +183,15 @@ impl NcclComm {
     fn connect(&self, within: Duration) -> Result<(), CommError> {
         let shared = &*self.shared;
         let until = Instant::now() + within;
-        let result = shared.with_handle("start", |handle| shared.issued("start", handle, Progress::UnderWay, until));
-        result.and_then(|()| self.try_out(until)).map_err(|error| shared.fail(error))
+        shared.with_handle("start", |handle| shared.issued("start", handle, Progress::UnderWay, until))?;
+        self.try_out(until)
     }
 
     fn try_out(&self, until: Instant) -> Result<(), CommError> {
         let (shared, op) = (&*self.shared, "start");
         let (rank, size, cuda) = (shared.rank, shared.size, shared.lane.cuda());
-        let rows = cuda.matrix(size, 1).map_err(device_error(op))?;
-        let at = rows.extent(0, size).map_err(device_error(op))?.address;
+        let rows = cuda.matrix(size, 1).map_err(shared.broken(op))?;
+        let at = rows.extent(0, size).map_err(shared.broken(op))?.address;
         let mut uneven = vec![1; size];
         uneven[size - 1] = 0;
         for counts in [vec![1; size], uneven] {
@@ -223,7 +223,7 @@ impl NcclComm {
         loop {
             let oldest = shared.lock_under_way().front().map(|oldest| (oldest.op, oldest.mark.clone(), oldest.since));
             let Some((op, mark, since)) = oldest else { return shared.check() };
-            shared.wait_for(op, &mark, since + shared.deadline).map_err(|error| shared.fail(error))?;
+            shared.wait_for(op, &mark, since + shared.deadline)?;
             shared.lock_under_way().retain(|other| !Arc::ptr_eq(&other.mark, &mark));
         }
     }
@@ -258,7 +258,10 @@ impl NcclComm {
         let mark = unsafe { self.shared.start(op, &transfers) };
         match mark {
             Ok(mark) => Ok(Pending { shared: self.shared.clone(), mark, rows: Some(rows), sent }),
-            Err(error) => Err(self.shared.give_up(op, error)),
+            Err(error) => {
+                self.shared.give_up();
+                Err(error)
+            }
         }
     }
 
@@ -293,6 +296,16 @@ impl Shared {
             true => error,
             false => self.check().err().unwrap_or(error),
         }
+    }
+
+    /// As [`Shared::fail`], for a device that failed in `op`.
+    fn broken(&self, op: &'static str) -> impl Fn(BackendError) -> CommError {
+        move |error| self.fail(device_error(op)(error))
+    }
+
+    /// As [`Shared::fail`], for what NCCL says of `op`.
+    fn refused(&self, op: &'static str) -> impl Fn(String) -> CommError {
+        move |reason| self.fail(CommError::Device { op, reason })
     }
 
     /// As [`Shared::fail`], with nobody there to be told: the caller learns it at its next call.
@@ -357,16 +370,16 @@ impl Shared {
     /// # Safety
     /// As for [`Shared::start`].
     unsafe fn issue(&self, op: &'static str, transfers: &[Transfer], until: Instant) -> Result<Mark, CommError> {
-        self.lane.follow(op).map_err(device_error(op))?;
+        self.lane.follow(op).map_err(self.broken(op))?;
         if !transfers.is_empty() {
             self.with_handle(op, |handle| {
                 // SAFETY: (1) by the caller; (2) the lane is of the rank's device, which `follow` has made current.
                 let begun = unsafe { self.nccl.transfer(handle, transfers, self.lane.raw()) };
-                let begun = begun.map_err(|reason| CommError::Device { op, reason })?;
+                let begun = begun.map_err(self.refused(op))?;
                 self.issued(op, handle, begun, until)
             })?;
         }
-        self.lane.mark().map_err(device_error(op))
+        self.lane.mark().map_err(self.broken(op))
     }
 
     /// Waits until what was begun has been issued to the device, which is usually at once.
@@ -380,7 +393,7 @@ impl Shared {
         let begun = Instant::now();
         while progress == Progress::UnderWay {
             self.pause(op, begun, until)?;
-            progress = self.nccl.poll(handle).map_err(|reason| CommError::Device { op, reason })?;
+            progress = self.nccl.poll(handle).map_err(self.refused(op))?;
         }
         Ok(())
     }
@@ -388,7 +401,7 @@ impl Shared {
     /// Waits on the host until the device has passed a mark.
     fn wait_for(&self, op: &'static str, mark: &Mark, until: Instant) -> Result<(), CommError> {
         let begun = Instant::now();
-        while !mark.has_passed().map_err(device_error(op))? {
+        while !mark.has_passed().map_err(self.broken(op))? {
             self.pause(op, begun, until)?;
         }
         // What an aborted collective left is no result.
@@ -399,7 +412,7 @@ impl Shared {
     fn pause(&self, op: &'static str, begun: Instant, until: Instant) -> Result<(), CommError> {
         self.check()?;
         if Instant::now() >= until {
-            return Err(self.timed_out(op));
+            return Err(self.fail(self.timed_out(op)));
         }
         match begun.elapsed() < SPIN {
             true => thread::yield_now(),
@@ -409,14 +422,12 @@ impl Shared {
     }
 
     /// After a collective that could not be issued whole: its memory is about to be given back, and part of it may be under way.
-    fn give_up(&self, op: &'static str, error: CommError) -> CommError {
-        let error = self.fail(error);
+    fn give_up(&self) {
         self.abort_device();
         if let Ok(mark) = self.lane.mark() {
             // A device that takes no more work does none on that memory either.
-            let _ = self.lane.rejoin(&mark).map_err(device_error(op));
+            let _ = self.lane.rejoin(&mark);
         }
-        error
     }
 }
 
@@ -525,7 +536,10 @@ impl Comm<CudaMatrix, CudaScores> for NcclComm {
         // SAFETY: (1) the scores are borrowed until the computing waits for them, below or in `give_up`.
         match unsafe { self.shared.start(op, &transfers) } {
             Ok(mark) => self.shared.lane.rejoin(&mark).map_err(device_error(op))?,
-            Err(error) => return Err(self.shared.give_up(op, error)),
+            Err(error) => {
+                self.shared.give_up();
+                return Err(error);
+            }
         }
         self.shared.check()
     }
@@ -539,6 +553,10 @@ impl Comm<CudaMatrix, CudaScores> for NcclComm {
 
     fn barrier(&self) -> Result<(), CommError> {
         self.exchange(Call::Barrier, 0).map(drop)
+    }
+
+    fn check(&self) -> Result<(), CommError> {
+        self.shared.check()
     }
 
     fn abort(&self, reason: &str) {

@@ -1,9 +1,10 @@
 //! Counted work against the formulas of the paper, and the laws that predictions have to follow.
 
 mod measured;
+mod two_gpus;
 
 use super::{Calibration, CostModel, Exchange, LayerWork, ModelShape, PrefillCost};
-use crate::plan::{AttentionMode, AttentionRequest, Capabilities, Placement, PrefillPlan, Selector};
+use crate::plan::{AttentionMode, AttentionRequest, Capabilities, Execution, Placement, PrefillPlan, Selector};
 
 const K: usize = 1024;
 
@@ -18,8 +19,10 @@ fn planned(
     anchor: Option<usize>,
     passing: Option<usize>,
 ) -> PrefillPlan {
-    let request =
-        AttentionRequest { mode: Some(mode), hosts: Some(hosts), anchor, passing, ..AttentionRequest::default() };
+    // The query after its context, as when the figures were measured, and as the formulas of the paper have it.
+    let execution = Execution { query_with_context: false, ..Execution::default() };
+    let (mode, hosts) = (Some(mode), Some(hosts));
+    let request = AttentionRequest { mode, hosts, anchor, passing, execution, ..AttentionRequest::default() };
     let capabilities = Capabilities { has_retaining_heads: true, max_hosts: 4096 };
     PrefillPlan::new(context, 64, 0, &request, capabilities).expect("a plan")
 }
@@ -143,7 +146,7 @@ fn the_stages_of_a_rank_are_all_its_time() {
             let cost = model.prefill(&placed(plan(mode, 64 * K, 16), placement), ranks);
             let slowest = cost.ranks.iter().map(|rank| rank.stages.seconds()).fold(0.0, f64::max);
             assert_near(slowest, cost.seconds, 1e-9);
-            assert!(cost.ranks.iter().all(|rank| rank.stages.busy_s() > 0.0));
+            assert!(cost.ranks.iter().all(|rank| rank.rows == 0 || rank.stages.busy_s() > 0.0));
         }
     }
 }
@@ -159,6 +162,19 @@ fn more_ranks_are_faster_and_a_slower_network_is_not() {
         assert!(seconds(&model, 8) < seconds(&model, 4) && seconds(&model, 4) < seconds(&model, 1), "{mode:?}");
         assert!(seconds(&slow, 8) >= seconds(&model, 8), "{mode:?}");
         assert_eq!(seconds(&slow, 1), seconds(&model, 1), "{mode:?}");
+    }
+}
+
+#[test]
+fn a_query_with_its_context_saves_a_pass_over_the_weights() {
+    let model = CostModel::new(llama(), Calibration::h100());
+    for ranks in [1, 2, 8] {
+        let after = plan(AttentionMode::Apb, 32 * K, 8);
+        let mut with = after.clone();
+        with.execution.query_with_context = true;
+        let (after, with) = (model.document(&after, ranks, 1), model.document(&with, ranks, 1));
+        assert!(with.prefill_s > after.prefill_s && with.query_s < 0.2 * after.query_s, "{after:?} {with:?}");
+        assert!(with.seconds() < after.seconds(), "{after:?} {with:?}");
     }
 }
 

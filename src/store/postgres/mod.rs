@@ -13,6 +13,7 @@ mod exports;
 mod finish;
 mod inbox;
 mod look;
+mod meeting;
 mod migrate;
 mod outbox;
 mod rows;

@@ -9,6 +9,7 @@ mod finish;
 mod inbox;
 mod lock;
 mod look;
+mod meeting;
 mod outbox;
 mod rows;
 mod work;

@@ -16,9 +16,9 @@ use crate::engine::schedule::Limits;
 use crate::simulate::{Arrivals, Latency, Layout, Mix, Outcome, Profiles, Simulation, SimulationOptions, layouts};
 
 /// GPUs up to which a pool is simulated as a whole; of a larger one, a part of whole nodes stands for the others.
-const MOST_GPUS: usize = 64;
+const MOST_GPUS: usize = 16;
 /// Documents of a simulation for each GPU, at least.
-const DOCUMENTS_PER_GPU: usize = 50;
+const DOCUMENTS_PER_GPU: usize = 125;
 /// Cuts whose documents an hour differ by no more are equally good; then latency decides.
 const AS_GOOD: f64 = 0.01;
 
@@ -28,7 +28,7 @@ pub(super) struct QueueArgs {
     /// Documents an hour that come, for the latencies; by default 70 % of what the best cut can do.
     #[arg(long, value_name = "N", requires = "mix")]
     per_hour: Option<f64>,
-    /// Documents that are simulated; by default 50 for each GPU.
+    /// Documents that are simulated; by default 125 for each GPU, 500 at least.
     #[arg(long, value_name = "N", requires = "mix", value_parser = super::positive)]
     documents: Option<usize>,
     /// Sequences that a group works on at a time.
@@ -97,12 +97,13 @@ fn answer(args: &Args, model: &CostModel, mix: &Mix, nodes: usize) -> Result<Val
         ))?;
         report::print(&costs, Format::Table)?;
         let load = format!("latency with {:.0} documents an hour that come at random", per_hour * pool.times);
-        print_text(&format!("\nGroups (count x GPUs), the best first; {load}\n"))?;
+        let part = match pool.times > 1.0 {
+            true => format!(" of every {} nodes, which were simulated for all", pool.nodes),
+            false => String::new(),
+        };
+        print_text(&format!("\nGroups (count x GPUs){part}, the best first; {load}\n"))?;
         report::print(&rows, Format::Table)?;
         print_text(&format!("\n{verdict}"))?;
-        if pool.times > 1.0 {
-            print_text(&format!("Simulated: {} nodes, {:.1} times.\n", pool.nodes, pool.times))?;
-        }
     }
     Ok(
         json!({ "nodes": nodes, "gpus_per_node": per_node, "arrivals_per_hour": per_hour * pool.times, "costs": costs, "layouts": rows, "verdict": verdict }),
@@ -112,7 +113,7 @@ fn answer(args: &Args, model: &CostModel, mix: &Mix, nodes: usize) -> Result<Val
 /// All cuts, the best first, and the documents an hour with which the latencies were taken.
 fn simulate(args: &Args, mix: &Mix, profiles: &Profiles<'_>, cuts: Vec<Layout>, gpus: usize) -> (Vec<Tried>, f64) {
     let limits = Limits { at_once: args.queue.at_once, stall: Duration::from_millis(args.queue.stall) };
-    let documents = args.queue.documents.unwrap_or((DOCUMENTS_PER_GPU * gpus).max(400));
+    let documents = args.queue.documents.unwrap_or((DOCUMENTS_PER_GPU * gpus).max(500));
     let options = |arrivals| SimulationOptions {
         documents,
         arrivals,

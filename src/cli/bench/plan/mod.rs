@@ -14,7 +14,7 @@ use crate::cli::database::Format;
 use crate::cli::device::KvCacheName;
 use crate::cli::execution::ExecutionArgs;
 use crate::cli::{CliError, Status};
-use crate::cost::{Calibration, CostModel};
+use crate::cost::{Calibration, CostModel, Link};
 use crate::plan::{
     AttentionMode, AttentionRequest, Capabilities, HOSTS, Placement, PlanError, PrefillPlan, passing_for,
 };
@@ -183,13 +183,11 @@ impl Args {
 
 /// Where the rates come from, in words.
 fn provenance(calibration: &Calibration) -> String {
-    let links = match calibration.network.measured {
-        true => "measured",
-        false => "assumed, not measured",
-    };
+    let named = |link: &Link| format!("{} GB/s ({})", link.gb_s, if link.measured { "measured" } else { "assumed" });
+    let (within, between) = (named(&calibration.network.within), named(&calibration.network.between));
     format!(
-        "Predicted with the rates of {}; links {links}: {} GB/s within a node, {} GB/s a GPU between nodes.\n",
-        calibration.device, calibration.network.within.gb_s, calibration.network.between.gb_s
+        "Predicted with the rates of {}; links: {within} within a node, {between} a GPU between nodes.\n",
+        calibration.device
     )
 }
 

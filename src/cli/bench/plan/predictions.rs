@@ -99,7 +99,7 @@ fn rows_of(args: &Args, model: &CostModel, plan: &PrefillPlan, (nodes, gpus): (u
     let busy: f64 = cost.ranks.iter().map(|rank| rank.stages.busy_s()).sum();
     row.insert("busy_percent".to_owned(), rounded(100.0 * busy / cost.seconds / cost.ranks.len() as f64, 1));
     insert_stages(&mut row, &busiest.map(|rank| rank.stages).unwrap_or_default());
-    let context = plan.context + plan.query + args.new_tokens / 2;
+    let context = model.kept_tokens(plan) + args.new_tokens / 2;
     let token_s = model.batch_step_s(args.batch, (args.batch * context) as f64, gpus);
     row.insert("token_ms".to_owned(), rounded(1e3 * token_s, 2));
     vec![row]

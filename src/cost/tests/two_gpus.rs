@@ -1,0 +1,137 @@
+//! Predictions for two GPUs from what one of them took, against what two H200 took.
+//!
+//! The rates are those of full attention on one of the two (32K to 128K), of its copies and of one token; of attention over segments, and of the links, those of
+//! [`Calibration::h100`]. All that ran on two GPUs is a prediction.
+
+use serde::Deserialize;
+
+use super::CostModel;
+use crate::cost::{Calibration, DecodeFigure, Figures, ModelShape, PrefillFigure, Stages};
+use crate::plan::{AttentionMode, AttentionRequest, Capabilities, Execution, Placement, PrefillPlan};
+
+const TWO_H200: &str = include_str!("../../../tests/bench/results/h200x2/summary.json");
+
+/// How far a prefill on two GPUs may be off.
+const TOLERANCE: f64 = 0.09;
+/// The same of 128K tokens, where less of it is what no rate says.
+const LONG: f64 = 0.03;
+/// How far memory may be off.
+const MEMORY: f64 = 0.005;
+/// How far a token on two GPUs may be off.
+const TOKEN: f64 = 0.03;
+
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+struct Printed {
+    what: String,
+    attention: Option<AttentionMode>,
+    tokens: usize,
+    hosts: usize,
+    gpus: usize,
+    placement: Placement,
+    overlap: bool,
+    copy_gb_s: Option<f64>,
+    seconds: f64,
+    peak_gib: f64,
+    qkv_ms: f64,
+    attention_ms: f64,
+    o_ms: f64,
+    ffn_ms: f64,
+    other_ms: f64,
+    ms_a_token: f64,
+}
+
+fn shape() -> ModelShape {
+    ModelShape::published("llama-3.1-8b", 1024).expect("a shape")
+}
+
+fn printed() -> Vec<Printed> {
+    let rows: Vec<serde_json::Value> = serde_json::from_str(TWO_H200).expect("figures");
+    // Not those of other programs, which have strategies of their own.
+    let ours = rows.into_iter().filter(|row| row.get("peer").is_none());
+    ours.map(|row| serde_json::from_value(row).expect("a figure")).collect()
+}
+
+fn prefills() -> Vec<Printed> {
+    printed().into_iter().filter(|row| row.what == "prefill").collect()
+}
+
+fn plan(row: &Printed) -> PrefillPlan {
+    // When this was measured the query went with its context.
+    let execution = Execution { placement: row.placement, overlap: row.overlap, ..Execution::default() };
+    let (mode, hosts) = (row.attention, Some(row.hosts));
+    let request = AttentionRequest { mode, hosts, execution, ..AttentionRequest::default() };
+    let capabilities = Capabilities { has_retaining_heads: true, max_hosts: 256 };
+    PrefillPlan::new(row.tokens, 64, 0, &request, capabilities).expect("a plan")
+}
+
+/// The rates of one of the two.
+fn calibration() -> Calibration {
+    let figure = |row: &Printed| PrefillFigure {
+        shape: shape(),
+        plan: plan(row),
+        seconds: row.seconds,
+        stages: Stages {
+            qkv_s: row.qkv_ms / 1e3,
+            attention_s: row.attention_ms / 1e3,
+            o_s: row.o_ms / 1e3,
+            ffn_s: row.ffn_ms / 1e3,
+            other_s: row.other_ms / 1e3,
+            ..Stages::default()
+        },
+    };
+    let prefill = prefills().iter().filter(|row| row.gpus == 1).map(figure).collect();
+    let copy_gb_s = printed().iter().find_map(|row| row.copy_gb_s);
+    let alone = |row: &Printed| row.what == "decode" && row.gpus == 1;
+    let step =
+        |row: &Printed| DecodeFigure { shape: shape(), contexts: vec![row.tokens], seconds: row.ms_a_token / 1e3 };
+    let decode = printed().iter().filter(|row| alone(row)).map(step).collect();
+    Calibration::h100().refined(&Figures { device: None, copy_gb_s, prefill, decode })
+}
+
+#[test]
+fn two_gpus_take_as_long_as_one_lets_expect() {
+    let model = CostModel::new(shape(), calibration());
+    let mut checked = 0;
+    for row in prefills().iter().filter(|row| row.gpus == 2) {
+        let plan = plan(row);
+        let cost = model.prefill(&plan, 2);
+        let off = cost.seconds / row.seconds - 1.0;
+        let most = (0..2).map(|rank| model.memory_of_rank(&plan, rank, 2, 1)).max().unwrap_or(0);
+        let gib = (most + model.shape.weight_bytes()) as f64 / f64::from(1 << 30);
+        let what = format!("{:?} {} hosts {} {:?}", row.attention, row.tokens, row.hosts, row.placement);
+        println!(
+            "{what}: predicted {:.3} s, measured {:.3}, {:+.1} %; {gib:.2} GiB, measured {}",
+            cost.seconds,
+            row.seconds,
+            100.0 * off,
+            row.peak_gib
+        );
+        assert!(
+            off.abs() <= if row.tokens < 128 << 10 { TOLERANCE } else { LONG },
+            "{what}: predicted {:.3} s, measured {:.3}",
+            cost.seconds,
+            row.seconds
+        );
+        assert!(
+            (gib / row.peak_gib - 1.0).abs() <= MEMORY,
+            "{what}: predicted {gib:.2} GiB, measured {}",
+            row.peak_gib
+        );
+        checked += 1;
+    }
+    assert!(checked >= 24, "{checked}");
+}
+
+#[test]
+fn a_token_on_two_gpus_takes_as_long_as_one_lets_expect() {
+    let model = CostModel::new(shape(), calibration());
+    let rows = printed();
+    let pair: Vec<_> = rows.iter().filter(|row| row.what == "decode" && row.gpus == 2).collect();
+    assert!(!pair.is_empty());
+    for row in pair {
+        let predicted = 1e3 * model.decode_step_s(&[row.tokens], 2);
+        println!("token: predicted {predicted:.2} ms, measured {}", row.ms_a_token);
+        assert!((predicted / row.ms_a_token - 1.0).abs() <= TOKEN, "{predicted:.2} ms, measured {}", row.ms_a_token);
+    }
+}
