@@ -2,8 +2,8 @@
 //
 // The tensor cores multiply halves, which hold every code exactly. A row's scale is no part of its elements: that of a key multiplies its scores, that of a
 // value its weights. Queries are scaled by a power of two into the range of halves, and so are weights: `reference` is the largest exponent of the values'
-// scales so far. Each lane copies what it multiplies itself: since the order of dimensions in a dot product is free, a lane takes 16 successive codes of
-// a key (lane / 4 of eight); and since the order of output columns is, successive codes of four values (two pairs of neighbours).
+// scales so far. Since the order of dimensions in a dot product is free, a lane multiplies 16 successive codes of a key (lane / 4 of eight); and since the
+// order of output columns is, successive codes of four values (two pairs of neighbours). Copies take whole lines of 128 bytes.
 #include <attention/cursor.cuh>
 #include <attention/softmax.cuh>
 #include <attention/sources.h>
@@ -18,6 +18,12 @@ static constexpr int STAGES = 3;
 
 // The power of two next below, as bits; of what is not finite infinity.
 DEVICE uint32_t exponent_of(float value) { return float_to_bits(value) & 0x7f800000u; }
+
+// Codes as halves times 2^-8, exactly: moved to the place of a half's exponent and mantissa, denormals included. More instructions than the hardware's own
+// conversion, of which there would be 128 a tile, but none that has to wait for the one narrow unit that converts.
+static constexpr float MOVED = 256.f;  // what products have to be multiplied with
+DEVICE uint32_t even_moved(uint32_t codes) { return (codes << 7 & 0x3f803f80u) | (codes << 8 & 0x80008000u); }
+DEVICE uint32_t odd_moved(uint32_t codes) { return (codes >> 1 & 0x3f803f80u) | (codes & 0x80008000u); }
 
 template <int BYTES>
 DEVICE void copy_async_bytes(void* to, const void* from, bool valid) {
@@ -74,19 +80,21 @@ struct Fp8Tiles {
     DEVICE void copy(int stage, const uint8_t* keys, const uint8_t* values, int valid) const {
         const int lane = threadIdx.x % 32;
         const bool whole = valid >= KEYS;  // as it mostly is: then all addresses are one and a constant
-        keys += lane / 4 * HD + lane % 4 * 16;
+        keys += lane * 16;
         values += lane % 4 * 2 * HD + lane / 4 * VALUE_BYTES;
         if (whole) copy_rows<true>(stage, keys, values, valid);
         else copy_rows<false>(stage, keys, values, valid);
     }
     template <bool WHOLE>
     DEVICE void copy_rows(int stage, const uint8_t* keys, const uint8_t* values, int valid) const {
+        constexpr int LANES = HD / 16, ROWS_AT_ONCE = 32 / LANES;  // of a key; keys lie one after the other
+        const int part = threadIdx.x % LANES, row = threadIdx.x % 32 / LANES;
+        uint8_t* to = stages + stage * STAGE + part / 4 * 512 + (row * 4 + part % 4) * 16;
 #pragma unroll
-        for (int block = 0; block < KEYS / 8; ++block) {
-            const bool inside = WHOLE || block * 8 + int(threadIdx.x % 32 / 4) < valid;
-#pragma unroll
-            for (int piece = 0; piece < KEY_PIECES; ++piece)
-                copy_async16(const_cast<uint8_t*>(codes_of_key(stage, block, piece)), inside ? keys + block * 8 * HD + piece * 64 : stages, inside);
+        for (int i = 0; i < KEYS / ROWS_AT_ONCE; ++i) {
+            const int first = i * ROWS_AT_ONCE;
+            const bool inside = WHOLE || first + row < valid;
+            copy_async16(to + first / 8 * KEY_PIECES * 512 + first % 8 * 64, inside ? keys + first * HD : stages, inside);
         }
         // As the weights of 16 keys lie in an operand: two neighbours, and those eight further on.
 #pragma unroll
@@ -99,7 +107,8 @@ struct Fp8Tiles {
     }
 };
 
-// The queries of a row tile as operands: of dimension block b * 64, step m, this lane has dimensions 16 (lane % 4) + 4 m .. + 4 of rows lane / 4 and that plus 8.
+// The queries of a row tile as operands: of dimension block b * 64, step m, this lane has dimensions 16 (lane % 4) + 4 m .. + 4 of rows lane / 4 and that plus 8,
+// those of even codes first.
 template <int HD>
 struct Queries {
     uint32_t operand[HD / 16][4];
@@ -128,11 +137,15 @@ struct Queries {
         // The largest comes to lie between 2^13 and 2^14.
         const uint32_t exponent = max(exponent_of(largest) >> 23, 14u);
         const float factor = bits_to_float((267u - exponent) << 23);
-        unit = bits_to_float((exponent - 13u) << 23);
+        unit = bits_to_float((exponent - 13u) << 23) * MOVED;
 #pragma unroll
         for (int step = 0; step < HD / 16; ++step)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) operand[step][i] = pack_half(low(operand[step][i]) * factor, high(operand[step][i]) * factor);
+            for (int half = 0; half < 2; ++half) {
+                const uint32_t first = operand[step][half], second = operand[step][2 + half];
+                operand[step][half] = pack_half(low(first) * factor, low(second) * factor);
+                operand[step][2 + half] = pack_half(high(first) * factor, high(second) * factor);
+            }
     }
 };
 
@@ -184,7 +197,7 @@ struct DecodeFp8 {
 #pragma unroll
                 for (int block = 0; block < KEYS / 8; ++block) {
                     const uint32_t four = codes[block].four[m];
-                    multiply_add_half(&scores[4 * block], q.operand[piece * 4 + m], decode_fp8x2<0>(four), decode_fp8x2<1>(four));
+                    multiply_add_half(&scores[4 * block], q.operand[piece * 4 + m], even_moved(four), odd_moved(four));
                 }
         }
         scale_columns(scores, tiles.key_scales(stage) + before, 1.f, valid);
@@ -235,12 +248,12 @@ struct DecodeFp8 {
             for (int w = 0; w < RUN / 4; ++w)
 #pragma unroll
                 for (int half = 0; half < 2; ++half) {
-                    // A code of either neighbour beside that of the other.
-                    const uint32_t near = half ? pick_bytes<0x7362>(codes[0][w], codes[1][w]) : pick_bytes<0x5140>(codes[0][w], codes[1][w]);
-                    const uint32_t far = half ? pick_bytes<0x7362>(codes[2][w], codes[3][w]) : pick_bytes<0x5140>(codes[2][w], codes[3][w]);
+                    // Two codes of a neighbour, then those of the other: the even ones are one column's, the odd ones the next's.
+                    const uint32_t near = half ? pick_bytes<0x7632>(codes[0][w], codes[1][w]) : pick_bytes<0x5410>(codes[0][w], codes[1][w]);
+                    const uint32_t far = half ? pick_bytes<0x7632>(codes[2][w], codes[3][w]) : pick_bytes<0x5410>(codes[2][w], codes[3][w]);
                     const int t = w * 4 + half * 2;
-                    multiply_add_half(&out[4 * t], a, decode_fp8x2<0>(near), decode_fp8x2<0>(far));
-                    multiply_add_half(&out[4 * t + 4], a, decode_fp8x2<1>(near), decode_fp8x2<1>(far));
+                    multiply_add_half(&out[4 * t], a, even_moved(near), even_moved(far));
+                    multiply_add_half(&out[4 * t + 4], a, odd_moved(near), odd_moved(far));
                 }
         }
     }
@@ -297,7 +310,7 @@ struct DecodeFp8 {
     DEVICE void write(const Output& to, float unit) {
         float normalise[2], lse[2];
         softmax.finish(shape.scale * LOG2_E * unit, normalise, lse);
-        const float values_unit = scale_of(reference) * 0x1p-12f;
+        const float values_unit = scale_of(reference) * 0x1p-12f * MOVED;
         __syncthreads();
         float* shared = reinterpret_cast<float*>(dynamic_shared());
         const Left left = {shared, shared + WARPS * ROWS * (HD + 33)};
