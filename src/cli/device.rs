@@ -30,6 +30,10 @@ pub(super) struct DeviceArgs {
     /// CPU threads of all ranks together; by default as many as the machine has.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
     pub threads: Option<u16>,
+    /// Documents to work on at a time: one is read while others are written about. By default as many as make sense (cuda), a few (the daemon's
+    /// engines on the CPU), or one after the other (`apbd run` on the CPU, where several at a time gain nothing).
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..))]
+    pub concurrency: Option<u16>,
     #[command(flatten)]
     pub nodes: NodeArgs,
 }
@@ -81,6 +85,12 @@ impl DeviceArgs {
         }
     }
 
+    /// As they are, but that the processor takes one document after the other unless it is told otherwise.
+    pub fn one_by_one_on_cpu(&self) -> Self {
+        let one = (self.backend == BackendName::Cpu).then_some(1);
+        Self { concurrency: self.concurrency.or(one), ..self.clone() }
+    }
+
     /// An engine on several nodes waits for the others before it is ready.
     fn joined<D: Devices>(&self, engine: ModelEngine<D>) -> Result<Arc<dyn Engine>, CliError> {
         if self.nodes.place()?.is_some() {
@@ -112,6 +122,7 @@ impl DeviceArgs {
         let mut options =
             LocalOptions { heads: heads.map(Path::to_owned), ranks: self.ranks.into(), ..LocalOptions::default() };
         options.threads = self.threads.map_or(options.threads, usize::from);
+        options.concurrency = self.concurrency.map_or(options.concurrency, usize::from);
         options.place = self.nodes.place()?;
         LocalEngine::open(model, &options).map_err(|error| CliError::Usage(error.to_string()))
     }
@@ -133,6 +144,7 @@ impl DeviceArgs {
         let mut options =
             crate::engine::CudaEngineOptions { heads: heads.map(Path::to_owned), devices, ..Default::default() };
         options.backend.kv_cache = self.kv_cache.of_cuda();
+        options.concurrency = self.concurrency.map(usize::from);
         options.place = self.nodes.place()?;
         crate::engine::CudaEngine::open(model, &options).map_err(|error| CliError::Usage(error.to_string()))
     }

@@ -19,7 +19,7 @@ pub(super) struct ExecutionArgs {
     #[arg(long, value_enum, default_value_t = PassingTypeName::Native)]
     pub passing_type: PassingTypeName,
     /// Whether the query goes through the layers together with the context, which saves a pass over the weights.
-    #[arg(long, value_enum, default_value_t = Switch::On)]
+    #[arg(long, value_enum, default_value_t = Switch::Off)]
     pub query_with_context: Switch,
 }
 
@@ -94,13 +94,13 @@ mod tests {
             "--passing-type",
             "fp8",
             "--query-with-context",
-            "off",
+            "on",
         ]);
         let expected = Execution {
             placement: Placement::Paired,
             overlap: false,
             passing_type: PassingType::Fp8,
-            query_with_context: false,
+            query_with_context: true,
         };
         assert_eq!(all, expected);
     }

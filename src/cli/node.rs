@@ -88,6 +88,8 @@ async fn follow(store: &dyn Store, address: &str, program: &[String], shutdown: 
                 tokio::select! {
                     () = shutdown.draining() => return,
                     () = work(program, &token) => {}
+                    // Its engine is deep in something that nobody wants any more; it is killed with this.
+                    () = begun_anew(store, address, &token) => warn!("the engine is ended: the first node's has begun anew"),
                 }
                 used = Some(token);
             }
@@ -97,6 +99,19 @@ async fn follow(store: &dyn Store, address: &str, program: &[String], shutdown: 
         tokio::select! {
             () = shutdown.draining() => return,
             () = tokio::time::sleep(LOOK) => {}
+        }
+    }
+}
+
+/// Waits until the first node waits for the others again, with another token than `token`.
+async fn begun_anew(store: &dyn Store, address: &str, token: &str) {
+    loop {
+        tokio::time::sleep(LOOK).await;
+        // A database that does not answer says nothing of the first node.
+        if let Ok(Some(now)) = store.meeting_look(address).await
+            && now != token
+        {
+            return;
         }
     }
 }

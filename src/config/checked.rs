@@ -83,7 +83,7 @@ pub struct EngineConfig {
 pub struct WorkConfig {
     /// How long a job stays a worker's without a heartbeat.
     pub lease: Duration,
-    /// Jobs prepared ahead; absent: a quarter of what the engines take at a time.
+    /// Jobs prepared ahead; absent: an eighth of what the engines take at a time.
     pub ahead: Option<usize>,
     /// How often an empty inbox is asked.
     pub poll: Duration,

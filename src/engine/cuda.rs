@@ -44,6 +44,8 @@ pub struct CudaEngineOptions {
     pub devices: Vec<usize>,
     /// Memory and kernels.
     pub backend: CudaOptions,
+    /// Sequences at a time; absent: as many as make sense.
+    pub concurrency: Option<usize>,
     /// This node's place among several, each of which has as many devices.
     pub place: Option<Place>,
 }
@@ -52,6 +54,7 @@ pub struct CudaEngineOptions {
 pub struct CudaDevices {
     members: Vec<Member>,
     place: Option<Place>,
+    concurrency: usize,
 }
 
 struct Member {
@@ -67,9 +70,12 @@ impl ModelEngine<CudaDevices> {
     /// Opens a model directory: `config.json` and weights, a tokenizer if there is one, retaining heads if there are any.
     pub fn open(directory: &Path, options: &CudaEngineOptions) -> Result<Self, OpenError> {
         Self::open_on(directory, options.heads.as_deref(), |files| {
-            CudaDevices::open(&options.devices, &options.backend, options.place.as_ref(), |backend| {
+            let load = |backend: &Cuda| -> Result<_, OpenError> {
                 Ok(Weights::load(backend, files.directory, &files.spec, files.heads.as_deref())?)
-            })
+            };
+            let devices = CudaDevices::open(&options.devices, &options.backend, options.place.as_ref(), load)?;
+            let concurrency = options.concurrency.unwrap_or(CONCURRENCY).clamp(1, CONCURRENCY);
+            Ok(CudaDevices { concurrency, ..devices })
         })
     }
 }
@@ -101,7 +107,7 @@ impl CudaDevices {
                 threads.into_iter().map(|thread| thread.join().unwrap_or_else(|p| std::panic::resume_unwind(p)));
             joined.collect::<Result<Vec<_>, E>>()
         })?;
-        Ok(Self { members, place: place.cloned() })
+        Ok(Self { members, place: place.cloned(), concurrency: CONCURRENCY })
     }
 
     /// The device of rank 0.
@@ -136,7 +142,7 @@ impl Devices for CudaDevices {
     }
 
     fn concurrency(&self) -> usize {
-        CONCURRENCY
+        self.concurrency
     }
 
     fn element_bytes(&self) -> usize {

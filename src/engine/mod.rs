@@ -165,6 +165,9 @@ pub enum EngineError {
     /// No engine is there at the moment; nothing was tried.
     #[error("no engine is ready: {reason}")]
     Unavailable { reason: String },
+    /// The engines that it fits into have enough to do; nothing was tried.
+    #[error("the engines that it fits into have enough to do for {seconds} s")]
+    Busy { seconds: u64 },
 }
 
 /// Called from the engine's thread between layers and tokens; returning `false` cancels the inference.

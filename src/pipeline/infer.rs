@@ -163,7 +163,11 @@ fn job_error(error: &EngineError, work: &Work) -> JobError {
         EngineError::Device { .. } => ErrorCode::DeviceFailed,
         EngineError::Crashed { .. } => ErrorCode::EngineCrashed,
         EngineError::Hung { .. } => ErrorCode::EngineHung,
-        EngineError::Unavailable { .. } => ErrorCode::EngineUnavailable,
+        EngineError::Unavailable { .. } | EngineError::Busy { .. } => ErrorCode::EngineUnavailable,
     };
-    JobError::new(code, error.to_string())
+    let retry_after = match error {
+        EngineError::Busy { seconds } => Some(Duration::from_secs(*seconds)),
+        _ => None,
+    };
+    JobError { retry_after, ..JobError::new(code, error.to_string()) }
 }

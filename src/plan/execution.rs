@@ -38,15 +38,15 @@ pub struct Execution {
     pub overlap: bool,
     /// In which type compressed blocks travel.
     pub passing_type: PassingType,
-    /// Whether the query goes through the layers together with the context, which saves a pass over the weights. A query of more tokens than one
-    /// pass takes goes after it in any case.
+    /// Whether the query goes through the layers together with the context, which saves a pass over the weights, and costs what its rows add to
+    /// every product of the context. A query of more tokens than one pass takes goes after it in any case.
     pub query_with_context: bool,
 }
 
 impl Default for Execution {
     fn default() -> Self {
         let (placement, passing_type) = (Placement::default(), PassingType::default());
-        Self { placement, overlap: true, passing_type, query_with_context: true }
+        Self { placement, overlap: true, passing_type, query_with_context: false }
     }
 }
 

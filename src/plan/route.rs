@@ -123,6 +123,12 @@ impl Router {
         self.waiting.len()
     }
 
+    /// Documents that wait although they were offered to some group, and that do not fit into `group`.
+    pub fn waiting_for_others(&self, group: usize) -> usize {
+        let waits = |waiting: &&Waiting| waiting.offers[group].is_none() && waiting.offers.iter().any(Option::is_some);
+        self.waiting.values().filter(waits).count()
+    }
+
     /// Where a document is, if it was placed.
     pub fn place(&self, ticket: Ticket) -> Option<usize> {
         self.placed.get(&ticket).map(|placed| placed.group)

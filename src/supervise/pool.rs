@@ -21,6 +21,11 @@ use crate::telemetry::metrics;
 
 /// How often who waits looks whether a group has changed, and whether its caller still wants it.
 const TICK: Duration = Duration::from_millis(100);
+/// Documents a group that wait for groups larger than it. More would take the places of those that it could do meanwhile.
+const WAITING: usize = 1;
+/// When a document comes again that the pool has no place for: when the group should be free, but never sooner and never later than this. Coming too
+/// often would fill the table of attempts.
+const COMES_AGAIN_S: (f64, f64) = (5.0, 900.0);
 /// How often a document may come back undone before it is handed back to where it came from.
 const TRIES: usize = 8;
 
@@ -156,8 +161,8 @@ fn whole(groups: &[Member]) -> Result<EngineInfo, String> {
     }
     let mut devices: Vec<&str> = infos.iter().map(|info| info.device.as_str()).collect();
     devices.dedup();
-    // One more for each group of several, so that there is always somebody to choose from.
-    let ahead = if infos.len() > 1 { infos.len() } else { 0 };
+    // Of several groups each has one that waits for it, and one that waits for larger ones takes no place of theirs.
+    let ahead = if infos.len() > 1 { (1 + WAITING) * infos.len() } else { 0 };
     Ok(EngineInfo {
         max_tokens: infos.iter().map(|info| info.max_tokens).max().unwrap_or(0),
         concurrency: infos.iter().map(|info| info.concurrency.max(1)).sum::<usize>() + ahead,
@@ -195,6 +200,7 @@ impl<'a> Seat<'a> {
 
     /// Waits until a group takes the document.
     fn group(&mut self, observer: Observer<'_>) -> Result<usize, EngineError> {
+        let mut has_waited = false;
         loop {
             self.ask()?;
             {
@@ -204,6 +210,9 @@ impl<'a> Seat<'a> {
                     return Ok(group);
                 }
                 self.refusal()?;
+                if !std::mem::replace(&mut has_waited, true) {
+                    self.crowd(&state.router)?;
+                }
                 drop(self.pool.changed.wait_timeout(state, TICK).unwrap_or_else(PoisonError::into_inner));
             }
             if !observer(Progress::Waiting) {
@@ -270,6 +279,20 @@ impl<'a> Seat<'a> {
             Some(reason) => Err(EngineError::Unavailable { reason }),
             None => Ok(()),
         }
+    }
+
+    /// A document that some groups are too small for does not wait where enough of its kind do: it would take the place of one that they could do.
+    fn crowd(&self, router: &Router) -> Result<(), EngineError> {
+        let at_most = WAITING * self.pool.groups.len();
+        let too_small = |group: &usize| matches!(self.answers[*group], Answer::TooSmall(_));
+        let groups = 0..self.answers.len();
+        // It is one of those that wait itself.
+        if !groups.clone().filter(too_small).any(|group| router.waiting_for_others(group) > at_most) {
+            return Ok(());
+        }
+        let fitting = groups.filter(|group| matches!(self.answers[*group], Answer::Fits(_)));
+        let wait_s = fitting.map(|group| router.load(group).backlog_s).fold(f64::INFINITY, f64::min);
+        Err(EngineError::Busy { seconds: wait_s.clamp(COMES_AGAIN_S.0, COMES_AGAIN_S.1) as u64 })
     }
 
     fn run(&self, group: usize, observer: Observer<'_>) -> Result<InferOutcome, EngineError> {

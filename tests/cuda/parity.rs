@@ -26,8 +26,9 @@ pub const TESTS: &[(&str, fn())] = &[
 const RANDOM_MODEL_TOLERANCE: f32 = 0.17;
 /// The same of the trained model, which is far less sensitive.
 const SHIPPED_MODEL_TOLERANCE: f32 = 0.05;
-/// The same over keys and values with three bits of mantissa (11 % was seen).
-const FP8_TOLERANCE: f32 = 0.2;
+/// The same over keys and values with three bits of mantissa. With a scale that takes a row's largest element exactly to the largest code 10.9 % was seen;
+/// scales that are powers of two round that element like the others, which at most doubles the error of a row.
+const FP8_TOLERANCE: f32 = 0.22;
 /// And of models of random weights, whose logits hang on every element (24 % was seen); keys and values of another row or head give more than 100 %.
 const FP8_RANDOM_TOLERANCE: f32 = 0.4;
 const STEPS: usize = 6;

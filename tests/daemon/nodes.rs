@@ -42,7 +42,7 @@ async fn two_nodes_work_on_a_document_together_and_begin_again_after_one_has_die
     site.extra = format!(
         "[[pool.group]]\ncpu_threads = 1\nnodes = 2\naddress = \"127.0.0.1:{hub}\"\nlisten = \"127.0.0.1:{hub}\"\nnodes_within_s = 60\n"
     );
-    let words: String = (0..3000).map(|number| format!("word {number} of many. ")).collect();
+    let words: String = (0..1000).map(|number| format!("word {number} of many. ")).collect();
     let long = site.document("long.txt", &words);
     let daemon = site.start();
     let store = site.store().await;

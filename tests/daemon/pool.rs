@@ -59,11 +59,14 @@ async fn short_documents_do_not_wait_behind_long_ones_and_what_fits_nowhere_is_t
     let daemon = site.start();
     daemon.ready().await;
     let (publisher, store) = (site.publisher().await, site.store().await);
-    let longs = [site.send_over(&publisher, &long, 300).await, site.send_over(&publisher, &long, 300).await];
-    until("both are taken, and one is read", || async {
+    let mut longs = Vec::new();
+    for _ in 0..8 {
+        longs.push(site.send_over(&publisher, &long, 600).await);
+    }
+    until("one is read, and there are more than the daemon keeps waiting", || async {
         let jobs = all(&*store).await;
         let read = jobs.iter().filter(|job| job.progress.is_some_and(|progress| progress.done > 0)).count();
-        read == 1 && jobs.len() == 2 && jobs.iter().all(|job| job.state == JobState::Running)
+        read == 1 && jobs.len() == 8 && daemon.log().contains("have enough to do")
     })
     .await;
     let mut shorts = Vec::new();
@@ -75,7 +78,8 @@ async fn short_documents_do_not_wait_behind_long_ones_and_what_fits_nowhere_is_t
     }
     for job in longs {
         let detail = store.show(job).await.expect("shown").expect("there");
-        assert_eq!(detail.summary.state, JobState::Running, "ten short ones went round it");
+        assert!(!detail.summary.state.is_final(), "ten short ones went round it: {:?}", detail.summary);
+        assert_eq!((detail.failures.suspect, detail.failures.infra), (0, 0));
         store.cancel(job).await.expect("asked");
     }
     let job = site.send_over(&publisher, &too_long, 1).await;
@@ -99,7 +103,9 @@ async fn documents_share_a_group_as_far_as_its_memory_goes() {
     }
     // An engine that is brought more than it has ends, and that would be seen.
     for job in settled(&*store, 24).await {
-        assert_eq!(succeeded(&*store, job.job_id).await.attempts.len(), 1);
+        // Some long ones have come again, because others waited for the large group already; nothing is counted for that.
+        let failures = succeeded(&*store, job.job_id).await.failures;
+        assert_eq!((failures.suspect, failures.infra), (0, 0));
     }
     assert!(!daemon.log().contains("is replaced"), "{}", daemon.log());
 }

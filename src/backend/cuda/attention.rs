@@ -225,11 +225,12 @@ impl Attention {
             OutputAddresses { partial: partial.address(), partial_lse: partial_lse.address(), ..call.output() };
         let q = call.q.row(0);
         let grid = (list.works, call.shape.kv_heads, 1);
+        let function = kernel.spread(list.works * call.shape.kv_heads, self.multiprocessors);
         // SAFETY: (1) parameters as in mma.cu and decode.cu; (2) pieces stay allocated in stream order, matrices are borrowed.
         unsafe {
             let parameters = parameters![shape, (), plan, q, output];
             parameters[1] = sources;
-            stream.launch(&kernel.function, grid, kernel.threads, parameters)
+            stream.launch(&function, grid, kernel.threads, parameters)
         }?;
         let (merges, rows, head_dim) = (list.merges_at, kernel.rows as i32, call.shape.head_dim as i32);
         let grid = (list.merges, call.shape.kv_heads, list.merged_rows);

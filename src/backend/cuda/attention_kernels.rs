@@ -41,6 +41,20 @@ pub(super) struct Kernel {
     pub resident: usize,
     /// Key tiles of a split piece at least.
     pub least_tiles: usize,
+    /// Shared memory of a multiprocessor, bytes, where blocks are to be spread evenly.
+    spread_over: Option<usize>,
+}
+
+impl Kernel {
+    /// The kernel for a launch of `blocks`. Those of less than a wave begin while the kernel before still holds some multiprocessors, and would be put
+    /// two to one where there is room, with none left for the others: each takes as much shared memory as leaves room for an even share only.
+    pub fn spread(&self, blocks: usize, multiprocessors: usize) -> Function {
+        let each = blocks.div_ceil(multiprocessors).max(1);
+        match self.spread_over {
+            Some(bytes) if each <= self.resident => self.function.with_shared(bytes / (each + 1)),
+            _ => self.function,
+        }
+    }
 }
 
 /// Which kernels a backend may use for tasks of many queries.
@@ -146,7 +160,7 @@ fn hopper_kernel(modules: &Modules, head_dim: usize) -> Result<Kernel, BackendEr
     let shared = rows * head_dim * 2 + 2 * stages * keys * head_dim * 2 + 1024;
     let function = modules.function("attention/hopper", name, shared)?;
     // A warpgroup for every 64 rows, and the producer's.
-    Ok(Kernel { function, rows, keys, threads: 128 * (rows / 64 + 1), resident: 1, least_tiles: 1 })
+    Ok(Kernel { function, rows, keys, threads: 128 * (rows / 64 + 1), resident: 1, least_tiles: 1, spread_over: None })
 }
 
 fn mma_kernel(modules: &Modules, head_dim: usize, family: Family) -> Result<Kernel, BackendError> {
@@ -163,7 +177,7 @@ fn mma_kernel(modules: &Modules, head_dim: usize, family: Family) -> Result<Kern
         _ => "attention_chunk_16",
     };
     let function = modules.function("attention/mma", name, (rows + 4 * keys) * head_dim * 2)?;
-    Ok(Kernel { function, rows, keys, threads: 128, resident: 2, least_tiles: 4 })
+    Ok(Kernel { function, rows, keys, threads: 128, resident: 2, least_tiles: 4, spread_over: None })
 }
 
 fn decode_kernel(modules: &Modules, head_dim: usize) -> Result<Kernel, BackendError> {
@@ -175,7 +189,7 @@ fn decode_kernel(modules: &Modules, head_dim: usize) -> Result<Kernel, BackendEr
         _ => "attention_decode_16",
     };
     let shared = (DECODE_ROWS + warps * stages * 2 * keys) * head_dim * 2;
-    let function = modules.function("attention/decode", name, shared)?;
+    let function = modules.function_up_to("attention/decode", name, shared, modules.shared_bytes / 2)?;
     Ok(Kernel {
         function,
         rows: DECODE_ROWS,
@@ -183,6 +197,7 @@ fn decode_kernel(modules: &Modules, head_dim: usize) -> Result<Kernel, BackendEr
         threads: 32 * warps,
         resident: 128 / head_dim,
         least_tiles: 4 * warps,
+        spread_over: Some(modules.shared_bytes),
     })
 }
 
@@ -191,7 +206,7 @@ fn decode_fp8_kernel(modules: &Modules, head_dim: usize) -> Result<Kernel, Backe
     let name = if head_dim == 128 { "attention_decode_fp8_128" } else { "attention_decode_fp8_64" };
     // Codes and scales of keys and values in every stage of every warp.
     let shared = warps * stages * 2 * (keys * head_dim + keys + 16);
-    let function = modules.function("attention/decode_fp8", name, shared)?;
+    let function = modules.function_up_to("attention/decode_fp8", name, shared, modules.shared_bytes / 2)?;
     Ok(Kernel {
         function,
         rows: DECODE_ROWS,
@@ -199,5 +214,6 @@ fn decode_fp8_kernel(modules: &Modules, head_dim: usize) -> Result<Kernel, Backe
         threads: 32 * warps,
         resident: 256 / head_dim,
         least_tiles: 2 * warps,
+        spread_over: Some(modules.shared_bytes),
     })
 }

@@ -35,6 +35,8 @@ pub(super) struct Context {
     pub capability: u32,
     /// Multiprocessors.
     pub multiprocessors: usize,
+    /// Shared memory of one of them, bytes.
+    pub shared_bytes: usize,
 }
 
 // SAFETY: a context is a handle; the driver allows any thread to make it current.
@@ -64,9 +66,10 @@ impl Context {
         let capability = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)? * 10
             + attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
         let multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)? as usize;
+        let shared_bytes = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)? as usize;
         // SAFETY: (1) `device` came from the driver; (2) released in Drop.
         let raw = unsafe { result::primary_ctx::retain(device) }.map_err(failed("open"))?;
-        let context = Arc::new(Self { device, raw, name, capability, multiprocessors });
+        let context = Arc::new(Self { device, raw, name, capability, multiprocessors, shared_bytes });
         context.bind("open")?;
         Ok(context)
     }
@@ -174,23 +177,35 @@ unsafe impl Send for Module {}
 unsafe impl Sync for Module {}
 
 impl Module {
-    /// A kernel by its name, made ready to use up to `shared_bytes` of dynamic shared memory.
-    pub fn function(&self, name: &'static str, shared_bytes: usize) -> Result<Function, BackendError> {
+    /// A kernel by its name, launched with `shared_bytes` of dynamic shared memory; made ready for up to `most_bytes` if that is more.
+    pub fn function(
+        &self,
+        name: &'static str,
+        shared_bytes: usize,
+        most_bytes: usize,
+    ) -> Result<Function, BackendError> {
         let c_name = CString::new(name).map_err(|e| BackendError::Device { op: name, reason: e.to_string() })?;
         // SAFETY: (1) the module is loaded.
         let raw = unsafe { result::module::get_function(self.raw, c_name) }.map_err(failed(name))?;
-        if shared_bytes > 48 << 10 {
+        let most_bytes = most_bytes.max(shared_bytes);
+        if most_bytes > 48 << 10 {
             use sys::CUfunction_attribute as Attribute;
             // All of a multiprocessor's shared memory, so that it holds as many blocks as fit; kernels that need less run beside them as it is.
             for (attribute, value) in [
-                (Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes as i32),
+                (Attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, most_bytes as i32),
                 (Attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT, 100),
             ] {
                 // SAFETY: (1) the function belongs to a loaded module.
                 unsafe { result::function::set_function_attribute(raw, attribute, value) }.map_err(failed(name))?;
             }
         }
-        Ok(Function { raw, name, shared_bytes: shared_bytes as u32, overlaps: false })
+        Ok(Function {
+            raw,
+            name,
+            shared_bytes: shared_bytes as u32,
+            most_shared_bytes: most_bytes as u32,
+            overlaps: false,
+        })
     }
 }
 
@@ -200,6 +215,7 @@ pub(super) struct Function {
     raw: sys::CUfunction,
     name: &'static str,
     shared_bytes: u32,
+    most_shared_bytes: u32,
     overlaps: bool,
 }
 
@@ -211,6 +227,11 @@ impl Function {
     ///    capability 9.0 or later.
     pub unsafe fn overlapping(self) -> Self {
         Self { overlaps: true, ..self }
+    }
+
+    /// The same with at least so much dynamic shared memory, as far as it was made ready for it.
+    pub fn with_shared(self, bytes: usize) -> Self {
+        Self { shared_bytes: self.shared_bytes.max((bytes as u32).min(self.most_shared_bytes)), ..self }
     }
 }
 

@@ -45,6 +45,8 @@ const OVERLAPPING: &[&str] = &[
 pub(super) struct Modules {
     loaded: Vec<(&'static str, Module)>,
     can_overlap: bool,
+    /// Shared memory of a multiprocessor, bytes.
+    pub shared_bytes: usize,
 }
 
 impl Modules {
@@ -61,7 +63,7 @@ impl Modules {
         let wanted = CUBINS.iter().filter(|(_, of, _)| *of == architecture);
         let loaded =
             wanted.map(|(name, _, image)| Ok((*name, context.load(image)?))).collect::<Result<_, BackendError>>()?;
-        Ok(Self { loaded, can_overlap: context.capability >= 90 })
+        Ok(Self { loaded, can_overlap: context.capability >= 90, shared_bytes: context.shared_bytes })
     }
 
     /// Whether the device runs this module at all.
@@ -71,10 +73,21 @@ impl Modules {
 
     /// A function, ready to use `shared_bytes` of dynamic shared memory.
     pub fn function(&self, module: &str, name: &'static str, shared_bytes: usize) -> Result<Function, BackendError> {
+        self.function_up_to(module, name, shared_bytes, 0)
+    }
+
+    /// The same of a function that may be launched with up to `most_bytes` instead.
+    pub fn function_up_to(
+        &self,
+        module: &str,
+        name: &'static str,
+        shared_bytes: usize,
+        most_bytes: usize,
+    ) -> Result<Function, BackendError> {
         let found = self.loaded.iter().find(|(loaded, _)| *loaded == module);
         let (_, module) =
             found.ok_or_else(|| BackendError::Device { op: name, reason: format!("no module {module}") })?;
-        let function = module.function(name, shared_bytes)?;
+        let function = module.function(name, shared_bytes, most_bytes)?;
         match self.can_overlap && OVERLAPPING.contains(&name) {
             // SAFETY: (1) the listed kernels call wait_for_earlier_grids; the capability was asked for.
             true => Ok(unsafe { function.overlapping() }),

@@ -11,7 +11,9 @@ use super::modules::Modules;
 use crate::backend::BackendError;
 
 /// Rows that an MLP is computed for at a time: enough to fill the device, few enough that gate and up stay small.
-pub(super) const MLP_ROWS: usize = 4096;
+pub(super) const MLP_ROWS: usize = 4096 + 256;
+/// Rows of a tile of the products.
+const TILE_ROWS: usize = 128;
 /// Rows that kernels/skinny.cu takes at most.
 pub(super) const SKINNY_ROWS: usize = 32;
 /// Rows of each of its kernels.
@@ -176,11 +178,12 @@ impl Cuda {
         if self.products.taker(rows) != Taker::Library {
             return self.mlp_of_few(rows, h, gate_up, down, x);
         }
-        let chunk = rows.min(MLP_ROWS);
+        // As even as can be, in whole tiles: a short last chunk would read all weights once more for little.
+        let chunk = rows.div_ceil(rows.div_ceil(MLP_ROWS)).next_multiple_of(TILE_ROWS).min(rows);
         let both = self.arena.take(op, chunk * 2 * width * 2)?;
         let product = self.arena.take(op, chunk * width * 2)?;
-        for first in (0..rows).step_by(MLP_ROWS) {
-            let rows = (rows - first).min(MLP_ROWS);
+        for first in (0..rows).step_by(chunk) {
+            let rows = (rows - first).min(chunk);
             let up = Form { rows, width: 2 * width, inner: gate_up.cols, wide: false, bias: false, accumulate: false };
             let operands = Operands { x: h.row(first), w: gate_up.piece.address(), bias: 0, out: both.address() };
             // SAFETY: (1) checked above; pieces stay allocated in stream order.

@@ -43,10 +43,9 @@ fn one(options: &Options, engine: &CudaEngine, plan: &crate::plan::PrefillPlan) 
         (random_tokens(plan.context, engine.spec().vocab), random_tokens(plan.query, engine.spec().vocab));
     let new_tokens = options.steps + WARM_UP + 1;
     let job = Job { context: &context, query: &query, plan, new_tokens };
-    let mut driver = Steps { left: new_tokens, chosen: Vec::with_capacity(new_tokens) };
+    let mut driver = Steps::new(new_tokens);
     engine.run(&job, &mut driver).map_err(engine_failed)?;
-    let times = driver.chosen.windows(2).skip(WARM_UP).map(|pair| (pair[1] - pair[0]).as_secs_f64() * 1e3).collect();
-    let ms = median(times);
+    let ms = median(driver.gaps_ms().skip(WARM_UP).collect());
     let mut row = row(options, plan);
     row["what"] = json!("decode");
     row.insert("ms_a_token".to_owned(), rounded(ms, 3));
@@ -66,9 +65,21 @@ pub(super) fn cache_bytes(spec: &ModelSpec, tokens: usize, cache: KvCacheType) -
 }
 
 /// Takes the likeliest token so many times, and the time of each.
-struct Steps {
+pub(super) struct Steps {
     left: usize,
     chosen: Vec<Instant>,
+}
+
+impl Steps {
+    /// For `tokens` tokens, at least one.
+    pub fn new(tokens: usize) -> Self {
+        Self { left: tokens, chosen: Vec::with_capacity(tokens) }
+    }
+
+    /// Milliseconds from each token to the next.
+    pub fn gaps_ms(&self) -> impl Iterator<Item = f64> {
+        self.chosen.windows(2).map(|pair| (pair[1] - pair[0]).as_secs_f64() * 1e3)
+    }
 }
 
 impl Driver for Steps {

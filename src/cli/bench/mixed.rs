@@ -10,12 +10,11 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use serde_json::json;
 
 use super::cuda::{engine, engine_failed, plan, random_tokens};
+use super::decode::Steps;
 use super::report::{Row, median, rounded};
 use super::{MixedOptions, Strategy};
 use crate::cli::CliError;
-use crate::engine::{CudaEngine, Driver, Engine, EngineError, Job, Progress, Timing};
-use crate::generate::generator::Step;
-use crate::generate::sampler::{Choice, argmax};
+use crate::engine::{CudaEngine, Engine, EngineError, Job, Timing};
 use crate::plan::PrefillPlan;
 
 /// Documents of this length and more are read by the strategy asked for; `auto` reads shorter ones with full attention, and so does this.
@@ -124,39 +123,10 @@ fn row(
 fn read(engine: &CudaEngine, plan: &PrefillPlan, new_tokens: usize) -> Result<Read, EngineError> {
     let vocab = engine.spec().vocab;
     let (context, query) = (random_tokens(plan.context, vocab), random_tokens(plan.query, vocab));
-    let mut driver = Tokens { left: new_tokens, last: None, gaps: Vec::with_capacity(new_tokens) };
+    let mut driver = Steps::new(new_tokens);
     let began = Instant::now();
     let timing = engine.run(&Job { context: &context, query: &query, plan, new_tokens }, &mut driver)?;
-    Ok(Read { tokens: plan.context, timing, whole: began.elapsed(), gaps: driver.gaps })
-}
-
-/// Takes the likeliest token so many times.
-struct Tokens {
-    left: usize,
-    last: Option<Instant>,
-    gaps: Vec<f64>,
-}
-
-impl Driver for Tokens {
-    fn progress(&mut self, _: Progress) -> bool {
-        true
-    }
-
-    fn next(&mut self, logits: &mut [f32]) -> Result<Step, EngineError> {
-        let token = argmax(logits).ok_or_else(|| EngineError::Model { reason: "logits are not finite".to_owned() })?;
-        self.take(token)
-    }
-
-    fn choice(&mut self) -> Option<Choice> {
-        Some(Choice { temperature: 0.0, top_p: 1.0, draw: 0.0 })
-    }
-
-    fn take(&mut self, token: u32) -> Result<Step, EngineError> {
-        let now = Instant::now();
-        self.gaps.extend(self.last.replace(now).map(|last| (now - last).as_secs_f64() * 1e3));
-        self.left -= 1;
-        Ok(if self.left == 0 { Step::Stop } else { Step::Continue(token) })
-    }
+    Ok(Read { tokens: plan.context, timing, whole: began.elapsed(), gaps: driver.gaps_ms().collect() })
 }
 
 #[cfg(test)]

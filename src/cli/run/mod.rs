@@ -83,7 +83,7 @@ impl Args {
         // Both may take a while; neither needs the other, but a usage error should come before the model is loaded.
         let runtime = runtime()?;
         let store = runtime.block_on(store::open(&self.db, Access::Worker, RetryPolicy::local()))?;
-        let engine = self.device.open(&self.model_directory()?, self.heads.as_deref())?;
+        let engine = self.device.one_by_one_on_cpu().open(&self.model_directory()?, self.heads.as_deref())?;
         let prompter = prompter(&self.model_directory()?)?;
         let jobs =
             FileJobs { template, model_digest: engine.info().model_digest, at_most_bytes: DOCUMENT_AT_MOST_BYTES };

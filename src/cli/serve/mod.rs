@@ -46,7 +46,7 @@ const START_WAIT: Duration = Duration::from_secs(2);
 /// How long the database is waited for at the start.
 const START_WITHIN: Duration = Duration::from_secs(120);
 /// Where nothing is said: one job is prepared ahead for so many in the engines, since they do not all end at once.
-const AHEAD_PART: usize = 4;
+const AHEAD_PART: usize = 8;
 /// How long the end waits for a question that is being answered.
 const LAST_ANSWER: Duration = Duration::from_secs(1);
 /// Where this machine says its name.

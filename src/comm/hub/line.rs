@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 use super::wire::{self, End, Say, Seat, Tell};
 use super::{BEAT, Place, SILENCE};
 use crate::comm::CommError;
-use crate::comm::rounds::{Call, Deposit};
+#[cfg(feature = "cuda")]
+use crate::comm::rounds::Call;
+use crate::comm::rounds::Deposit;
 
 /// Time between two tries to reach a hub that is not there yet.
 const AGAIN: Duration = Duration::from_millis(100);

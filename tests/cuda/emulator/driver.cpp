@@ -82,6 +82,7 @@ Result cuDeviceGetAttribute(int* value, int attribute, int) {
         case 16: return *value = 3, OK;                 // multiprocessors
         case 75: return *value = capability / 10, OK;   // capability, major
         case 76: return *value = capability % 10, OK;   // capability, minor
+        case 81: return *value = 228 << 10, OK;         // shared memory of a multiprocessor
         case 97: return *value = 227 << 10, OK;         // shared memory of a block
         default: return INVALID;
     }
