@@ -17,7 +17,7 @@ use apbd::telemetry::health::Health;
 use serde_json::{Value, json};
 
 use crate::harness::{SOON, Site, all, declare, settled, until};
-use crate::objects::client;
+use crate::objects::{client, patient_client};
 use crate::services::postgres;
 use crate::services::s3::{S3, shared};
 
@@ -368,6 +368,7 @@ async fn a_hundred_thousand_files_are_taken_in_bounded_memory() {
 #[ignore = "takes 100,000 objects; shows its figures with --nocapture, results/drop_folder.jsonl is a run"]
 async fn a_hundred_thousand_objects_are_taken_in_bounded_memory() {
     let (server, site) = (S3::with_many("many", MANY), Site::on_postgres(postgres::shared()).await);
-    let client = client(&server, server.port, &server.secret_access_key);
+    // The server of the tests looks through all of its objects for each page.
+    let client = patient_client(&server, server.port, &server.secret_access_key, SOON);
     look_at_many("S3, PostgreSQL", "s3://main/many/drop/", vec![client], &site).await;
 }

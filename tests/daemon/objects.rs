@@ -12,6 +12,11 @@ use crate::services::s3::{S3, shared};
 const MANY: u64 = 1 << 30;
 
 pub fn client(server: &S3, port: u16, secret: &str) -> ObjectClient {
+    patient_client(server, port, secret, Duration::from_secs(2))
+}
+
+/// One that bears so much silence.
+pub fn patient_client(server: &S3, port: u16, secret: &str, silence_at_most: Duration) -> ObjectClient {
     let credentials = Credentials::Key { id: server.access_key_id.clone(), secret: secret.to_owned() };
     ObjectClient::new(StoreOptions {
         alias: "main".to_owned(),
@@ -19,7 +24,7 @@ pub fn client(server: &S3, port: u16, secret: &str) -> ObjectClient {
         region: "us-east-1".to_owned(),
         credentials,
         allow_http: true,
-        silence_at_most: Duration::from_secs(2),
+        silence_at_most,
     })
     .expect("a client")
 }
