@@ -58,7 +58,8 @@ fn prefills() -> Vec<Printed> {
 
 fn plan(row: &Printed) -> PrefillPlan {
     // When this was measured the query went with its context.
-    let execution = Execution { placement: row.placement, overlap: row.overlap, ..Execution::default() };
+    let (placement, overlap) = (row.placement, row.overlap);
+    let execution = Execution { placement, overlap, query_with_context: true, ..Execution::default() };
     let (mode, hosts) = (row.attention, Some(row.hosts));
     let request = AttentionRequest { mode, hosts, execution, ..AttentionRequest::default() };
     let capabilities = Capabilities { has_retaining_heads: true, max_hosts: 256 };
