@@ -121,6 +121,9 @@ impl Driver for Impatient {
     }
 }
 
+/// What the work lists that are kept take at most on these models; far less than a dozen requests would leave behind.
+const LISTS_BYTES: usize = 64 << 10;
+
 fn cancelled(gpus: usize) {
     let engine = open(MODEL, &(0..gpus).collect::<Vec<_>>());
     let vocab = engine.spec().vocab;
@@ -128,15 +131,25 @@ fn cancelled(gpus: usize) {
     let requests = small_requests(engine.has_retaining_heads());
     // What the group keeps for itself is there from its first inference on.
     run(&engine, (&context, &query), &requests[0], None);
+    let free = || -> Vec<usize> { engine.devices().backends().map(|backend| backend.free_bytes()).collect() };
+    let before = free();
     for request in requests {
         let plan = engine.plan(context.len(), query.len(), 3, &request).unwrap();
         let job = Job { context: &context, query: &query, plan: &plan, new_tokens: 1 };
-        let free: Vec<usize> = engine.devices().backends().map(|backend| backend.free_bytes()).collect();
         let outcome = engine.run(&job, &mut Impatient { layers: 1 });
         assert!(matches!(outcome, Err(EngineError::Cancelled)), "{request:?}: {outcome:?}");
         run(&engine, (&context, &query), &request, None);
-        let after: Vec<usize> = engine.devices().backends().map(|backend| backend.free_bytes()).collect();
-        assert_eq!(free, after, "{request:?}: memory was not given back");
+        // The other ranks let go of a sequence a little after its caller has its answer; a few work lists are kept for the next one.
+        let given_back = || before.iter().zip(free()).all(|(before, after)| after + LISTS_BYTES >= *before);
+        let began = Instant::now();
+        while !given_back() {
+            assert!(
+                began.elapsed() < Duration::from_secs(20),
+                "{request:?}: memory was not given back: {before:?}, {:?}",
+                free()
+            );
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 }
 
