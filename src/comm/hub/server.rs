@@ -20,6 +20,11 @@ use crate::comm::rounds::{Deposit, Rounds};
 /// Time between two looks for somebody who comes, or for an end.
 const LOOK: Duration = Duration::from_millis(10);
 
+/// Names of the threads that hear a rank until it leaves begin so.
+const HEARS: &str = "apbd-hears-";
+/// How long the hub stays for ranks that have not left, where nothing went wrong.
+const FAREWELL: Duration = Duration::from_secs(5);
+
 /// The hub of one communicator, with everybody there.
 pub struct Hub {
     rounds: Arc<Rounds>,
@@ -89,7 +94,7 @@ impl Hub {
         let (sender, awaited) = mpsc::channel();
         let rounds = self.rounds.clone();
         let hear = move || hear(heard, rank, &rounds, &sender);
-        self.threads.push(thread::Builder::new().name(format!("apbd-hears-{rank}")).spawn(hear)?);
+        self.threads.push(thread::Builder::new().name(format!("{HEARS}{rank}")).spawn(hear)?);
         let rounds = self.rounds.clone();
         let tell = move || tell(&telling, rank, &rounds, &awaited);
         self.threads.push(thread::Builder::new().name(format!("apbd-tells-{rank}")).spawn(tell)?);
@@ -110,6 +115,15 @@ impl Hub {
 impl Drop for Hub {
     fn drop(&mut self) {
         self.nodes.clear();
+        // A rank that has not heard yet that the last barrier is passed would take the end for a failure.
+        let until = Instant::now() + FAREWELL;
+        let is_heard = |thread: &JoinHandle<()>| thread.thread().name().is_some_and(|name| name.starts_with(HEARS));
+        while Instant::now() < until
+            && self.rounds.ended(0, Duration::ZERO).is_none()
+            && self.threads.iter().any(|thread| is_heard(thread) && !thread.is_finished())
+        {
+            thread::sleep(LOOK);
+        }
         for stream in &self.streams {
             // Whoever hears nothing more knows that the hub has gone.
             let _ = stream.shutdown(Shutdown::Both);
