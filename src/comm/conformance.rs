@@ -149,9 +149,10 @@ fn check_rotate<R: Ranks>(ranks: &R, comm: &R::C, turn: usize, counts: &[usize],
     let previous = (rank + size - 1) % size;
     let rows = counts[rank].max(counts[previous]);
     let sent: Vec<f32> = (0..rows * cols).map(|i| value(turn, rank, i)).collect();
-    let matrix = ranks.matrix(comm, rows, cols, &sent);
-    let pending = comm.rotate(matrix, counts[rank], counts[previous]).expect("rotate");
-    let values = ranks.matrix_values(comm, &comm.finish(pending).expect("rotate"));
+    let [send, receive] = [&sent, &vec![7.0; rows * cols]].map(|values| ranks.matrix(comm, rows, cols, values));
+    let exchange = comm.rotate(send, counts[rank], receive, counts[previous]).expect("rotate");
+    let (_, received) = comm.finish_all_to_all(exchange).expect("rotate");
+    let values = ranks.matrix_values(comm, &received);
     let wanted: Vec<f32> = (0..counts[previous] * cols).map(|i| value(turn, previous, i)).collect();
     assert_eq!(values[..wanted.len()], wanted, "rank {rank}");
 }
@@ -192,7 +193,10 @@ fn call<R: Ranks>(ranks: &R, comm: &R::C, op: Op) -> Result<(), CommError> {
             comm.all_gather(ranks.matrix(comm, rows, 4, &elements), &counts).and_then(|p| comm.finish(p)).map(drop)
         }
         Op::Scores => comm.all_gather_scores(&mut ranks.scores(comm, rows, 4, &elements), &counts),
-        Op::Rotate => comm.rotate(ranks.matrix(comm, rows, 4, &elements), 2, 2).and_then(|p| comm.finish(p)).map(drop),
+        Op::Rotate => {
+            let [send, receive] = [(); 2].map(|()| ranks.matrix(comm, rows, 4, &elements));
+            comm.rotate(send, 2, receive, 2).and_then(|x| comm.finish_all_to_all(x)).map(drop)
+        }
         Op::AllToAll => {
             let [send, receive] = [(); 2].map(|()| ranks.matrix(comm, rows, 4, &elements));
             comm.all_to_all(send, &counts, receive, &counts).and_then(|x| comm.finish_all_to_all(x)).map(drop)
@@ -224,14 +228,14 @@ pub fn a_full_turn_of_the_ring_brings_everything_to_everybody<R: Ranks>(ranks: &
     let (size, cols, most) = (ranks.most().min(4), 4, 3);
     on_all(ranks, size, PATIENT, |rank, comm| {
         let own: Vec<f32> = (0..most * cols).map(|i| value(0, rank, i)).collect();
-        let mut matrix = ranks.matrix(&comm, most, cols, &own);
+        let [mut held, mut spare] = [(); 2].map(|()| ranks.matrix(&comm, most, cols, &own));
         for step in 0..size {
             let holds = |rank: usize| (rank + size - step) % size;
             let (sent, received) = (holds(rank), holds((rank + size - 1) % size));
-            let pending = comm.rotate(matrix, counts[sent], counts[received]).expect("rotate");
-            matrix = comm.finish(pending).expect("rotate");
+            let exchange = comm.rotate(held, counts[sent], spare, counts[received]).expect("rotate");
+            (spare, held) = comm.finish_all_to_all(exchange).expect("rotate");
             let wanted: Vec<f32> = (0..counts[received] * cols).map(|i| value(0, received, i)).collect();
-            assert_eq!(ranks.matrix_values(&comm, &matrix)[..wanted.len()], wanted, "rank {rank}, step {step}");
+            assert_eq!(ranks.matrix_values(&comm, &held)[..wanted.len()], wanted, "rank {rank}, step {step}");
         }
     });
 }
@@ -394,8 +398,9 @@ pub fn ranks_that_disagree_are_told_so<R: Ranks>(ranks: &R) {
         }),
         ("what is sent and what is awaited", |ranks, comm, rank| {
             let receive = if rank == 0 { 2 } else { 1 };
-            let matrix = ranks.matrix(comm, 2, 2, &[0.0; 4]);
-            comm.rotate(matrix, 1, receive).and_then(|pending| comm.finish(pending)).map(drop)
+            let [sent, received] = [(); 2].map(|()| ranks.matrix(comm, 2, 2, &[0.0; 4]));
+            let exchange = comm.rotate(sent, 1, received, receive);
+            exchange.and_then(|exchange| comm.finish_all_to_all(exchange)).map(drop)
         }),
         ("what is sent to one of several and what it awaits", |ranks, comm, rank| {
             let receive_counts = if rank == 2 { [1, 0, 1] } else { [1, 1, 1] };
@@ -437,7 +442,10 @@ pub fn sizes_wrong_by_themselves_are_refused<R: Ranks>(ranks: &R) {
     let bodies: [Body<R>; 4] = [
         |ranks, comm, _| comm.all_gather(ranks.matrix(comm, 2, 2, &[0.0; 4]), &[1, 2]).map(drop),
         |ranks, comm, _| comm.all_gather(ranks.matrix(comm, 2, 2, &[0.0; 4]), &[1]).map(drop),
-        |ranks, comm, _| comm.rotate(ranks.matrix(comm, 2, 2, &[0.0; 4]), 3, 3).map(drop),
+        |ranks, comm, _| {
+            let [send, receive] = [(); 2].map(|()| ranks.matrix(comm, 2, 2, &[0.0; 4]));
+            comm.rotate(send, 3, receive, 3).map(drop)
+        },
         |_, comm, _| comm.broadcast(2, 0).map(drop),
     ];
     for body in bodies {

@@ -9,9 +9,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use super::call::{Call, Unfit};
 use super::hub::{self, Place, Side};
 use super::meeting::Meeting;
-use super::rounds::{Call, Deposit, Rounds};
+use super::rounds::{Deposit, Rounds};
 use super::{Comm, CommError};
 use crate::backend::cpu::{Matrix, Scores};
 
@@ -24,11 +25,11 @@ pub struct LocalComm {
     meeting: Meeting,
 }
 
-/// A collective that has been started, and the matrix it works on.
-#[must_use = "a started collective has to be finished"]
+/// An all-gather that has been started, and the matrix it works on.
+#[must_use = "a started all-gather has to be finished"]
 pub struct Pending {
     round: u64,
-    call: Call,
+    counts: Vec<usize>,
     rows: Matrix,
 }
 
@@ -76,19 +77,13 @@ impl LocalComm {
         self.meeting.take(round, self.rank, call.op())
     }
 
-    fn check_counts(&self, op: &'static str, rows: usize, counts: &[usize]) -> Result<(), CommError> {
-        let wanted: usize = counts.iter().sum();
-        if counts.len() != self.size || wanted > rows {
-            return Err(self.refuse(op, format!("{} counts for {rows} rows", self.size), format!("{counts:?}")));
-        }
-        Ok(())
-    }
-
-    /// A call that is wrong by itself: the other ranks would wait for it in vain, so it ends the communicator.
-    fn refuse(&self, op: &'static str, expected: String, got: String) -> CommError {
-        let error = CommError::Mismatch { op, rank: self.rank, expected, got };
-        self.abort(&error.to_string());
-        error
+    /// For a call that is wrong by itself the other ranks would wait in vain, so it ends the communicator.
+    fn checked(&self, call: Result<Call, Unfit>) -> Result<Call, CommError> {
+        call.map_err(|unfit| {
+            let error = unfit.on(self.rank);
+            self.abort(&error.to_string());
+            error
+        })
     }
 }
 
@@ -137,21 +132,9 @@ impl Comm<Matrix, Scores> for LocalComm {
     }
 
     fn all_gather(&self, rows: Matrix, counts: &[usize]) -> Result<Pending, CommError> {
-        self.check_counts("all-gather", rows.rows(), counts)?;
-        let call = Call::AllGather { counts: counts.to_vec(), cols: rows.cols() };
+        let call = self.checked(Call::all_gather(self.size, (rows.rows(), rows.cols()), counts))?;
         let round = self.deposit(&call, own_rows(self.rank, counts, &rows), 0)?;
-        Ok(Pending { round, call, rows })
-    }
-
-    fn rotate(&self, rows: Matrix, send_rows: usize, receive_rows: usize) -> Result<Pending, CommError> {
-        let most = send_rows.max(receive_rows);
-        if most > rows.rows() {
-            return Err(self.refuse("rotate", format!("{} rows at most", rows.rows()), format!("{most} rows")));
-        }
-        let call = Call::Rotate { send_rows, receive_rows, cols: rows.cols() };
-        let sent = rows.data()[..send_rows * rows.cols()].to_vec();
-        let round = self.deposit(&call, sent, 0)?;
-        Ok(Pending { round, call, rows })
+        Ok(Pending { round, counts: counts.to_vec(), rows })
     }
 
     fn all_to_all(
@@ -161,17 +144,10 @@ impl Comm<Matrix, Scores> for LocalComm {
         receive: Matrix,
         receive_counts: &[usize],
     ) -> Result<Exchange, CommError> {
-        let op = "all-to-all";
-        self.check_counts(op, send.rows(), send_counts)?;
-        self.check_counts(op, receive.rows(), receive_counts)?;
-        let cols = send.cols();
-        if receive.cols() != cols {
-            let got = format!("rows of {} to receive", receive.cols());
-            return Err(self.refuse(op, format!("rows of {cols}, as are sent"), got));
-        }
-        let call = Call::AllToAll { send: send_counts.to_vec(), receive: receive_counts.to_vec(), cols };
+        let [from, to] = [&send, &receive].map(|matrix| (matrix.rows(), matrix.cols()));
+        let call = self.checked(Call::all_to_all(self.size, (from, send_counts), (to, receive_counts)))?;
         let rows: usize = send_counts.iter().sum();
-        let round = self.deposit(&call, send.data()[..rows * cols].to_vec(), 0)?;
+        let round = self.deposit(&call, send.data()[..rows * send.cols()].to_vec(), 0)?;
         Ok(Exchange { round, receive_counts: receive_counts.to_vec(), sent: send, received: receive })
     }
 
@@ -183,21 +159,14 @@ impl Comm<Matrix, Scores> for LocalComm {
     }
 
     fn finish(&self, pending: Pending) -> Result<Matrix, CommError> {
-        let Pending { round, call, mut rows } = pending;
-        let deposits = self.meeting.take(round, self.rank, call.op())?;
-        match call {
-            Call::AllGather { counts, .. } => place_gathered(self.rank, &counts, &deposits, &mut rows),
-            _ => {
-                let previous = &deposits[(self.rank + self.size - 1) % self.size];
-                rows.data_mut()[..previous.rows.len()].copy_from_slice(&previous.rows);
-            }
-        }
+        let Pending { round, counts, mut rows } = pending;
+        let deposits = self.meeting.take(round, self.rank, "all-gather")?;
+        place_gathered(self.rank, &counts, &deposits, &mut rows);
         Ok(rows)
     }
 
     fn all_gather_scores(&self, rows: &mut Scores, counts: &[usize]) -> Result<(), CommError> {
-        self.check_counts("all-gather of scores", rows.rows(), counts)?;
-        let call = Call::AllGatherScores { counts: counts.to_vec(), cols: rows.cols() };
+        let call = self.checked(Call::all_gather_scores(self.size, (rows.rows(), rows.cols()), counts))?;
         let round = self.deposit(&call, own_rows(self.rank, counts, rows), 0)?;
         let deposits = self.meeting.take(round, self.rank, call.op())?;
         place_gathered(self.rank, counts, &deposits, rows);
@@ -205,10 +174,8 @@ impl Comm<Matrix, Scores> for LocalComm {
     }
 
     fn broadcast(&self, root: usize, value: u64) -> Result<u64, CommError> {
-        if root >= self.size {
-            return Err(self.refuse("broadcast", format!("a root below {}", self.size), format!("{root}")));
-        }
-        Ok(self.exchange(Call::Broadcast { root }, value)?[root].value)
+        let call = self.checked(Call::broadcast(self.size, root))?;
+        Ok(self.exchange(call, value)?[root].value)
     }
 
     fn barrier(&self) -> Result<(), CommError> {
@@ -231,4 +198,4 @@ impl Drop for LocalComm {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::CommError;
-use super::hub::Line;
 #[cfg(feature = "cuda")]
-use super::rounds::Call;
+use super::call::Call;
+use super::hub::Line;
 use super::rounds::{Deposit, Rounds};
 
 /// One rank's way to the others.

@@ -6,6 +6,7 @@
 //!
 //! Invariant: no rank can hang: every wait ends by its deadline, by an abort, or because a peer is gone.
 
+mod call;
 #[cfg(test)]
 pub(crate) mod conformance;
 pub mod hub;
@@ -48,9 +49,6 @@ pub trait Comm<M, S>: Send {
     /// Starts an in-place all-gather: rank `r` has written its `counts[r]` rows at row `counts[..r].sum()` of `rows`; afterwards every
     /// rank has all of them. The matrix is handed back by [`Comm::finish`].
     fn all_gather(&self, rows: M, counts: &[usize]) -> Result<Self::Pending, CommError>;
-    /// Starts sending rows `0..send_rows` of `rows` to the next rank (`rank + 1`, the last to 0) and receiving the previous rank's
-    /// (`receive_rows` of them) into the same matrix; one step of a ring.
-    fn rotate(&self, rows: M, send_rows: usize, receive_rows: usize) -> Result<Self::Pending, CommError>;
     /// Starts sending every rank rows of its own: to rank `p` go `send_counts[p]` rows from row `send_counts[..p].sum()` of `send` on, and from it
     /// come `receive_counts[p]` rows, to row `receive_counts[..p].sum()` of `receive`. Counts may be 0, and a rank sends to itself too. All
     /// matrices are of one width. Both are handed back by [`Comm::finish_all_to_all`].
@@ -61,9 +59,18 @@ pub trait Comm<M, S>: Send {
         receive: M,
         receive_counts: &[usize],
     ) -> Result<Self::Exchange, CommError>;
+    /// One step of a ring: starts sending the first `send_rows` rows of `send` to the next rank (`rank + 1`, the last to 0) and receiving
+    /// `receive_rows` rows of the previous one at the top of `receive`. It is an all-to-all, and finished as one.
+    fn rotate(&self, send: M, send_rows: usize, receive: M, receive_rows: usize) -> Result<Self::Exchange, CommError> {
+        let (rank, size) = (self.rank(), self.size());
+        let only = |peer: usize, rows: usize| (0..size).map(|other| if other == peer { rows } else { 0 }).collect();
+        let (sent, received): (Vec<usize>, Vec<usize>) =
+            (only((rank + 1) % size, send_rows), only((rank + size - 1) % size, receive_rows));
+        self.all_to_all(send, &sent, receive, &received)
+    }
     /// Awaits a started all-to-all, and hands back what was sent (contents undefined) and what was received.
     fn finish_all_to_all(&self, exchange: Self::Exchange) -> Result<(M, M), CommError>;
-    /// Awaits a started collective other than an all-to-all.
+    /// Awaits a started all-gather.
     fn finish(&self, pending: Self::Pending) -> Result<M, CommError>;
     /// In-place all-gather of scores, awaited at once; `counts` as above.
     fn all_gather_scores(&self, rows: &mut S, counts: &[usize]) -> Result<(), CommError>;

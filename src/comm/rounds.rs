@@ -6,28 +6,14 @@
 //! Invariant: a round is dropped once every rank has taken it; an abort is never undone.
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use serde::{Deserialize, Serialize};
-
+use super::call::Call;
 use crate::comm::CommError;
 
 /// Why a communicator ends whose rank's end was dropped.
 const GONE: &str = "the rank went away";
-
-/// Which collective a rank called, with the sizes that have to agree.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub(super) enum Call {
-    AllGather { counts: Vec<usize>, cols: usize },
-    AllGatherScores { counts: Vec<usize>, cols: usize },
-    Rotate { send_rows: usize, receive_rows: usize, cols: usize },
-    AllToAll { send: Vec<usize>, receive: Vec<usize>, cols: usize },
-    Broadcast { root: usize },
-    Barrier,
-}
 
 /// What one rank brings to a round.
 #[derive(Debug, Clone)]
@@ -58,57 +44,6 @@ struct Round {
     taken: usize,
 }
 
-impl Call {
-    pub(super) fn op(&self) -> &'static str {
-        match self {
-            Call::AllGather { .. } => "all-gather",
-            Call::AllGatherScores { .. } => "all-gather of scores",
-            Call::Rotate { .. } => "rotate",
-            Call::AllToAll { .. } => "all-to-all",
-            Call::Broadcast { .. } => "broadcast",
-            Call::Barrier => "barrier",
-        }
-    }
-
-    /// Whether rank `rank` calling `self` and rank `peer` of `size` calling `other` can be the same collective.
-    fn agrees(&self, rank: usize, other: &Call, peer: usize, size: usize) -> bool {
-        let follows = |after: usize, before: usize| after == (before + 1) % size;
-        match (self, other) {
-            (
-                Call::Rotate { send_rows, receive_rows, cols },
-                Call::Rotate { send_rows: peer_sends, receive_rows: peer_receives, cols: peer_cols },
-            ) => {
-                cols == peer_cols
-                    && (!follows(peer, rank) || send_rows == peer_receives)
-                    && (!follows(rank, peer) || receive_rows == peer_sends)
-            }
-            (
-                Call::AllToAll { send, receive, cols },
-                Call::AllToAll { send: peer_sends, receive: peer_receives, cols: peer_cols },
-            ) => cols == peer_cols && send[peer] == peer_receives[rank] && receive[peer] == peer_sends[rank],
-            _ => self == other,
-        }
-    }
-}
-
-impl fmt::Display for Call {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Call::AllGather { counts, cols } | Call::AllGatherScores { counts, cols } => {
-                write!(f, "{} of {counts:?} rows of {cols}", self.op())
-            }
-            Call::Rotate { send_rows, receive_rows, cols } => {
-                write!(f, "rotate sending {send_rows} and receiving {receive_rows} rows of {cols}")
-            }
-            Call::AllToAll { send, receive, cols } => {
-                write!(f, "all-to-all sending {send:?} and receiving {receive:?} rows of {cols}")
-            }
-            Call::Broadcast { root } => write!(f, "broadcast from {root}"),
-            Call::Barrier => write!(f, "barrier"),
-        }
-    }
-}
-
 impl Round {
     fn new(size: usize) -> Self {
         Self { deposits: vec![None; size], taken: 0 }
@@ -120,7 +55,7 @@ impl Round {
         let call = |rank: usize| self.deposits[rank].as_ref().map(|deposit| &deposit.call);
         let mut pairs = (0..size).flat_map(|rank| (rank..size).map(move |peer| (rank, peer)));
         pairs.find(|&(rank, peer)| match (call(rank), call(peer)) {
-            (Some(own), Some(other)) => !own.agrees(rank, other, peer, size),
+            (Some(own), Some(other)) => !own.agrees(rank, other, peer),
             _ => false,
         })
     }
@@ -132,7 +67,7 @@ impl Round {
         let size = self.deposits.len();
         let own = self.deposits[rank].as_ref()?;
         let opponent = (0..size).find(|&peer| {
-            self.deposits[peer].as_ref().is_some_and(|deposit| !own.call.agrees(rank, &deposit.call, peer, size))
+            self.deposits[peer].as_ref().is_some_and(|deposit| !own.call.agrees(rank, &deposit.call, peer))
         });
         let (expecting, coming) = match opponent {
             Some(peer) => (rank, peer),

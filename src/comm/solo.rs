@@ -44,12 +44,6 @@ impl<M: Send, S> Comm<M, S> for SoloComm {
         Ok(rows)
     }
 
-    fn rotate(&self, rows: M, send_rows: usize, receive_rows: usize) -> Result<M, CommError> {
-        let got = format!("{receive_rows}");
-        self.require("rotate", send_rows == receive_rows, &format!("{send_rows} rows from itself"), got)?;
-        Ok(rows)
-    }
-
     /// What is sent is what is received: the matrices change places.
     fn all_to_all(
         &self,

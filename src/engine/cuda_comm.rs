@@ -78,10 +78,6 @@ impl Comm<CudaMatrix, CudaScores> for CudaComm {
         either!(self, all_gather(rows, counts) as Pending)
     }
 
-    fn rotate(&self, rows: CudaMatrix, send_rows: usize, receive_rows: usize) -> Result<Pending, CommError> {
-        either!(self, rotate(rows, send_rows, receive_rows) as Pending)
-    }
-
     fn all_to_all(
         &self,
         send: CudaMatrix,

@@ -66,18 +66,26 @@ impl<M> KeyValues<M> {
         Ok(Moving { k: comm.all_gather(self.k, counts)?, v: comm.all_gather(self.v, counts)? })
     }
 
-    /// Starts [`Comm::rotate`] of both.
+    /// Starts [`Comm::rotate`] of both: the first `send_rows` rows go, `receive_rows` come to `receive`.
     pub fn rotate<S, C: Comm<M, S>>(
         self,
         comm: &C,
         send_rows: usize,
+        receive: Self,
         receive_rows: usize,
-    ) -> Result<Moving<C::Pending>, CommError> {
-        let k = comm.rotate(self.k, send_rows, receive_rows)?;
-        Ok(Moving { k, v: comm.rotate(self.v, send_rows, receive_rows)? })
+    ) -> Result<Moving<C::Exchange>, CommError> {
+        let k = comm.rotate(self.k, send_rows, receive.k, receive_rows)?;
+        Ok(Moving { k, v: comm.rotate(self.v, send_rows, receive.v, receive_rows)? })
     }
 
-    /// Awaits what was started.
+    /// Awaits a [`rotate`](Self::rotate): what was sent (contents undefined), and what has come.
+    pub fn exchanged<S, C: Comm<M, S>>(comm: &C, moving: Moving<C::Exchange>) -> Result<(Self, Self), CommError> {
+        let (sent_k, k) = comm.finish_all_to_all(moving.k)?;
+        let (sent_v, v) = comm.finish_all_to_all(moving.v)?;
+        Ok((Self { k: sent_k, v: sent_v }, Self { k, v }))
+    }
+
+    /// Awaits an [`all_gather`](Self::all_gather).
     pub fn arrived<S, C: Comm<M, S>>(comm: &C, moving: Moving<C::Pending>) -> Result<Self, CommError> {
         Ok(Self { k: comm.finish(moving.k)?, v: comm.finish(moving.v)? })
     }

@@ -105,7 +105,8 @@ impl PrefillPlan {
         // What comes from other ranks is attended to apart, and merged by its log-sum-exps.
         let is_alone = self.active_ranks(ranks) == 1;
         let is_ring = self.mode == AttentionMode::Ring && !is_alone;
-        let rotating = if is_ring { 2 * kv * self.longest_rank(ranks) } else { 0 };
+        // What is attended to, what is sent and what comes.
+        let rotating = if is_ring { 3 * kv * self.longest_rank(ranks) } else { 0 };
         let exchanged = match self.mode {
             AttentionMode::Ulysses if !is_alone => self.exchanged_elements(rank, ranks, model),
             _ => 0,

@@ -141,7 +141,8 @@ fn order(devices: &Devices) {
             let gathered = comm.finish(gathering).unwrap();
             let mut copy = device.matrix(2 * ROWS, COLS).unwrap();
             device.copy_rows(&gathered, 0, 2 * ROWS, &mut copy, 0).unwrap();
-            let turned = comm.rotate(gathered, ROWS, ROWS).and_then(|rotating| comm.finish(rotating)).unwrap();
+            let turning = comm.rotate(gathered, ROWS, computed(&device, 0.0), ROWS).unwrap();
+            let (_, turned) = comm.finish_all_to_all(turning).unwrap();
             all_are(&device, &copy, [1.0, 2.0]);
             // Both ranks held the first one's rows in front.
             all_are(&device, &device_half(&device, &turned), [1.0, 0.0]);
@@ -166,7 +167,7 @@ fn dropped(devices: &Devices) {
             drop(comm.all_gather(computed(&device, 3.0), &[ROWS, ROWS]).unwrap());
             // Most likely where that one was.
             let later = computed(&device, 5.0);
-            drop(comm.rotate(computed(&device, 4.0), ROWS, ROWS).unwrap());
+            drop(comm.rotate(computed(&device, 4.0), ROWS, computed(&device, 4.0), ROWS).unwrap());
             all_are(&device, &later, [5.0, 5.0]);
         }
         comm.settle().unwrap();
@@ -177,7 +178,7 @@ fn dropped(devices: &Devices) {
 fn wait_for_device(comm: &NcclComm, counts: &[usize]) -> Result<(), CommError> {
     let device = comm.device().clone();
     let gathering = comm.all_gather(computed(&device, 1.0), counts)?;
-    drop(comm.rotate(computed(&device, 1.0), ROWS, ROWS)?);
+    drop(comm.rotate(computed(&device, 1.0), ROWS, computed(&device, 1.0), ROWS)?);
     let gathered = comm.finish(gathering)?;
     // A plain wait of the backend, that knows nothing of communicators.
     device.read_matrix(&gathered).unwrap();

@@ -23,7 +23,6 @@ use super::strategies::EXECUTIONS;
 enum Kind {
     AllGather,
     AllGatherScores,
-    Rotate,
     AllToAll,
     Finish,
     FinishAllToAll,
@@ -110,9 +109,6 @@ impl Comm<Matrix, Scores> for Unruly {
     }
     fn all_gather(&self, rows: Matrix, counts: &[usize]) -> Result<Self::Pending, CommError> {
         self.call(Kind::AllGather, |inner| inner.all_gather(rows, counts))
-    }
-    fn rotate(&self, rows: Matrix, send_rows: usize, receive_rows: usize) -> Result<Self::Pending, CommError> {
-        self.call(Kind::Rotate, |inner| inner.rotate(rows, send_rows, receive_rows))
     }
     fn all_to_all(
         &self,
@@ -247,7 +243,7 @@ fn an_abort_in_any_collective_ends_every_rank_and_a_new_group_works() {
         }
         assert_eq!(trial.run(9, None).outcome.unwrap(), logits, "{:?}", trial.case);
     }
-    assert_eq!(kinds_struck.len(), 7, "{kinds_struck:?}");
+    assert_eq!(kinds_struck.len(), 6, "{kinds_struck:?}");
 }
 
 fn check_struck(ended: &Ended, said: &str) {

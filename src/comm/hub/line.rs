@@ -13,7 +13,7 @@ use super::wire::{self, End, Say, Seat, Tell};
 use super::{BEAT, Place, SILENCE};
 use crate::comm::CommError;
 #[cfg(feature = "cuda")]
-use crate::comm::rounds::Call;
+use crate::comm::call::Call;
 use crate::comm::rounds::Deposit;
 
 /// Time between two tries to reach a hub that is not there yet.

@@ -6,15 +6,12 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use super::{Orders, Place, Side};
-use crate::backend::cpu::{Matrix, Scores};
-use crate::comm::CommError;
-use crate::comm::conformance::{self, PATIENT, Ranks};
+use crate::comm::conformance::{self, PATIENT};
 use crate::comm::local::LocalComm;
+use crate::comm::local::tests::Ends;
 
-/// Every rank a node of its own. What comes with the ends is kept to the end of the process.
-struct Nodes(Mutex<Vec<Side>>);
-
-static NODES: Nodes = Nodes(Mutex::new(Vec::new()));
+/// What comes with the ends, kept to the end of the process.
+static SIDES: Mutex<Vec<Side>> = Mutex::new(Vec::new());
 
 fn place(nodes: usize, start: Duration) -> Place {
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
@@ -26,46 +23,26 @@ fn at(place: &Place, node: usize) -> Place {
     Place { node, ..place.clone() }
 }
 
-impl Ranks for Nodes {
-    type M = Matrix;
-    type S = Scores;
-    type C = LocalComm;
-
-    fn group(&self, size: usize, deadline: Duration) -> Vec<LocalComm> {
-        let first = place(size, PATIENT);
-        std::thread::scope(|scope| {
-            let come = |node| {
-                let place = at(&first, node);
-                scope.spawn(move || {
-                    let (mut ends, side) = LocalComm::group_at(&place, 1, deadline).unwrap();
-                    self.0.lock().unwrap().push(side);
-                    ends.remove(0)
-                })
-            };
-            let nodes: Vec<_> = (0..size).map(come).collect();
-            nodes.into_iter().map(|node| node.join().unwrap()).collect()
-        })
-    }
-    fn matrix(&self, _: &LocalComm, rows: usize, cols: usize, values: &[f32]) -> Matrix {
-        Matrix::from_vec(rows, cols, values.to_vec())
-    }
-    fn scores(&self, _: &LocalComm, rows: usize, cols: usize, values: &[f32]) -> Scores {
-        Scores::from_vec(rows, cols, values.to_vec())
-    }
-    fn matrix_values(&self, _: &LocalComm, matrix: &Matrix) -> Vec<f32> {
-        matrix.data().to_vec()
-    }
-    fn scores_values(&self, _: &LocalComm, scores: &Scores) -> Vec<f32> {
-        scores.data().to_vec()
-    }
-    fn settle(&self, _: &LocalComm) -> Result<(), CommError> {
-        Ok(())
-    }
+/// Every rank a node of its own.
+fn nodes(size: usize, deadline: Duration) -> Vec<LocalComm> {
+    let first = place(size, PATIENT);
+    std::thread::scope(|scope| {
+        let come = |node| {
+            let place = at(&first, node);
+            scope.spawn(move || {
+                let (mut ends, side) = LocalComm::group_at(&place, 1, deadline).unwrap();
+                SIDES.lock().unwrap().push(side);
+                ends.remove(0)
+            })
+        };
+        let nodes: Vec<_> = (0..size).map(come).collect();
+        nodes.into_iter().map(|node| node.join().unwrap()).collect()
+    })
 }
 
 macro_rules! over_the_hub {
     ($($test:ident: $needed:literal,)*) => {
-        $(#[test] fn $test() { conformance::$test(&NODES); })*
+        $(#[test] fn $test() { conformance::$test(&Ends(nodes)); })*
     };
 }
 conformance::with_functions!(over_the_hub);

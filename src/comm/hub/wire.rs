@@ -9,7 +9,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use crate::comm::CommError;
-use crate::comm::rounds::{Call, Deposit};
+use crate::comm::call::Call;
+use crate::comm::rounds::Deposit;
 
 /// Longest header: a call of a thousand ranks, or an order with some ten million tokens.
 const HEADER_BYTES: u32 = 128 << 20;

@@ -20,9 +20,10 @@ use std::time::{Duration, Instant};
 
 pub use library::{LIBRARY_VARIABLE, UniqueId, leave_multicast_off};
 
+use super::call::{Call, Unfit};
 use super::hub::{self, Met, Place, Side};
 use super::meeting::Meeting;
-use super::rounds::{Call, Deposit, Rounds};
+use super::rounds::{Deposit, Rounds};
 use super::{Comm, CommError};
 use crate::backend::cuda::{Cuda, CudaMatrix, CudaScores, Lane, Mark};
 use crate::backend::{Backend, BackendError};
@@ -265,19 +266,13 @@ impl NcclComm {
         }
     }
 
-    fn check_counts(&self, op: &'static str, rows: usize, counts: &[usize]) -> Result<(), CommError> {
-        let wanted: usize = counts.iter().sum();
-        if counts.len() != self.shared.size || wanted > rows {
-            return Err(self.refuse(op, format!("{} counts for {rows} rows", self.shared.size), format!("{counts:?}")));
-        }
-        Ok(())
-    }
-
-    /// A call that is wrong by itself: the other ranks would wait for it in vain, so it ends the communicator.
-    fn refuse(&self, op: &'static str, expected: String, got: String) -> CommError {
-        let error = CommError::Mismatch { op, rank: self.shared.rank, expected, got };
-        let _ = self.shared.meeting.fail(self.shared.rank, &error);
-        error
+    /// For a call that is wrong by itself the other ranks would wait in vain, so it ends the communicator.
+    fn checked(&self, call: Result<Call, Unfit>) -> Result<Call, CommError> {
+        call.map_err(|unfit| {
+            let error = unfit.on(self.shared.rank);
+            let _ = self.shared.meeting.fail(self.shared.rank, &error);
+            error
+        })
     }
 }
 
@@ -468,28 +463,12 @@ impl Comm<CudaMatrix, CudaScores> for NcclComm {
     }
 
     fn all_gather(&self, rows: CudaMatrix, counts: &[usize]) -> Result<Pending, CommError> {
-        self.check_counts("all-gather", rows.rows(), counts)?;
-        let call = Call::AllGather { counts: counts.to_vec(), cols: rows.cols() };
+        let call = self.checked(Call::all_gather(self.shared.size, (rows.rows(), rows.cols()), counts))?;
         let transfers = |rows: &CudaMatrix| {
             let at = rows.extent(0, rows.rows())?.address;
             Ok(transfers::all_gather(self.shared.rank, counts, rows.extent(0, 1)?.bytes, at))
         };
         self.start(call, transfers, rows, None)
-    }
-
-    fn rotate(&self, rows: CudaMatrix, send_rows: usize, receive_rows: usize) -> Result<Pending, CommError> {
-        let most = send_rows.max(receive_rows);
-        if most > rows.rows() {
-            return Err(self.refuse("rotate", format!("{} rows at most", rows.rows()), format!("{most} rows")));
-        }
-        let call = Call::Rotate { send_rows, receive_rows, cols: rows.cols() };
-        // What comes must not meet what goes.
-        let received = self.device().matrix(rows.rows(), rows.cols()).map_err(device_error("rotate"))?;
-        let send = rows.extent(0, send_rows).map_err(device_error("rotate"))?;
-        let transfers = |received: &CudaMatrix| {
-            Ok(transfers::rotate(self.shared.rank, self.shared.size, send, received.extent(0, receive_rows)?))
-        };
-        self.start(call, transfers, received, Some(rows))
     }
 
     fn all_to_all(
@@ -499,16 +478,10 @@ impl Comm<CudaMatrix, CudaScores> for NcclComm {
         receive: CudaMatrix,
         receive_counts: &[usize],
     ) -> Result<Pending, CommError> {
-        let op = "all-to-all";
-        self.check_counts(op, send.rows(), send_counts)?;
-        self.check_counts(op, receive.rows(), receive_counts)?;
-        let cols = send.cols();
-        if receive.cols() != cols {
-            let got = format!("rows of {} to receive", receive.cols());
-            return Err(self.refuse(op, format!("rows of {cols}, as are sent"), got));
-        }
-        let call = Call::AllToAll { send: send_counts.to_vec(), receive: receive_counts.to_vec(), cols };
-        let from = send.extent(0, send.rows()).map_err(device_error(op))?.address;
+        let [source, target] = [&send, &receive].map(|matrix| (matrix.rows(), matrix.cols()));
+        let call = Call::all_to_all(self.shared.size, (source, send_counts), (target, receive_counts));
+        let call = self.checked(call)?;
+        let from = send.extent(0, send.rows()).map_err(device_error(call.op()))?.address;
         let transfers = |receive: &CudaMatrix| {
             let to = receive.extent(0, receive.rows())?.address;
             let row_bytes = receive.extent(0, 1)?.bytes;
@@ -527,9 +500,9 @@ impl Comm<CudaMatrix, CudaScores> for NcclComm {
     }
 
     fn all_gather_scores(&self, rows: &mut CudaScores, counts: &[usize]) -> Result<(), CommError> {
-        let op = "all-gather of scores";
-        self.check_counts(op, rows.rows(), counts)?;
-        self.join(Call::AllGatherScores { counts: counts.to_vec(), cols: rows.cols() })?;
+        let call = self.checked(Call::all_gather_scores(self.shared.size, (rows.rows(), rows.cols()), counts))?;
+        let op = call.op();
+        self.join(call)?;
         let extent = |count| rows.extent(0, count).map_err(device_error(op));
         let (whole, row) = (extent(rows.rows())?, extent(1)?);
         let transfers = transfers::all_gather(self.shared.rank, counts, row.bytes, whole.address);
@@ -545,10 +518,8 @@ impl Comm<CudaMatrix, CudaScores> for NcclComm {
     }
 
     fn broadcast(&self, root: usize, value: u64) -> Result<u64, CommError> {
-        if root >= self.shared.size {
-            return Err(self.refuse("broadcast", format!("a root below {}", self.shared.size), format!("{root}")));
-        }
-        Ok(self.exchange(Call::Broadcast { root }, value)?[root].value)
+        let call = self.checked(Call::broadcast(self.shared.size, root))?;
+        Ok(self.exchange(call, value)?[root].value)
     }
 
     fn barrier(&self) -> Result<(), CommError> {

@@ -20,14 +20,6 @@ pub(super) fn all_gather(rank: usize, counts: &[usize], row_bytes: usize, at: u6
     transfers
 }
 
-/// One step of a ring: `send` goes to the next rank, the previous rank's comes to `receive`.
-pub(super) fn rotate(rank: usize, size: usize, send: Extent, receive: Extent) -> Vec<Transfer> {
-    let mut transfers = Vec::new();
-    push_send(&mut transfers, send, (rank + 1) % size);
-    push_receive(&mut transfers, receive, (rank + size - 1) % size);
-    transfers
-}
-
 /// An all-to-all: to rank `p` go `send_counts[p]` rows, from it come `receive_counts[p]`, in the order of the ranks from `send` and `receive` on.
 pub(super) fn all_to_all(
     rank: usize,
@@ -131,9 +123,8 @@ mod tests {
     }
 
     #[test]
-    fn a_ring_of_one_sends_to_itself() {
-        let extent = |address| Extent { address, bytes: 6 };
-        let transfers = rotate(0, 1, extent(10), extent(20));
+    fn a_rank_alone_sends_to_itself() {
+        let transfers = all_to_all(0, (10, &[2]), (20, &[2]), 3);
         assert_eq!((sent(&transfers, 0), received(&transfers, 0)), (vec![(10, 6)], vec![(20, 6)]));
     }
 }

@@ -26,9 +26,10 @@ pub struct RingAttention<B: Backend> {
 }
 
 struct Travelling<B: Backend> {
-    /// The rows that are attended to, and the copy of them that is on its way.
+    /// The rows that have come last and are attended to; at the first step those are the rank's own.
     held: KeyValues<B::Matrix>,
-    sent: Option<KeyValues<B::Matrix>>,
+    /// A copy of what is attended to, to be sent on, and where what comes goes; gone while they are on their way.
+    ways: Option<[KeyValues<B::Matrix>; 2]>,
     part: B::Matrix,
     part_lse: B::Scores,
     lse: B::Scores,
@@ -49,7 +50,7 @@ impl<B: Backend> RingAttention<B> {
             1 => None,
             _ => Some(Travelling {
                 held: KeyValues::new(backend, shape, longest)?,
-                sent: Some(KeyValues::new(backend, shape, longest)?),
+                ways: Some([KeyValues::new(backend, shape, longest)?, KeyValues::new(backend, shape, longest)?]),
                 part: backend.matrix(rows, shape.q_width())?,
                 part_lse: backend.scores(rows, shape.heads)?,
                 lse: backend.scores(rows, shape.heads)?,
@@ -72,41 +73,41 @@ impl<B: Backend> RingAttention<B> {
         state: &mut PrefillState<B>,
     ) -> Result<(), RankError> {
         let (backend, shape) = (rank.backend, rank.shape());
-        let (activations, rows) = (&mut state.activations, state.layout.rows);
+        let (activations, own_rows) = (&mut state.activations, &state.working);
         let (q, out) = (&activations.qkv, &mut activations.attended);
-        let Some(Travelling { held, sent, part, part_lse, lse }) = &mut self.travelling else {
+        let Some(Travelling { held, ways, part, part_lse, lse }) = &mut self.travelling else {
             if !self.own.is_empty() {
-                backend.attention(shape, q, &[state.working.view()], &self.own, out, None)?;
+                backend.attention(shape, q, &[own_rows.view()], &self.own, out, None)?;
             }
             return Ok(());
         };
         let (me, ranks) = (rank.comm.rank(), rank.comm.size());
-        held.copy_from(backend, 0, &state.working, 0, rows)?;
         for step in 0..=self.others.len() {
             let lengths = [step, step + 1].map(|back| self.lengths[(me + 2 * ranks - back) % ranks]);
             let is_last = step == self.others.len();
+            let seen = if step == 0 { own_rows } else { &*held };
             let mut moving = None;
             if plan.execution.overlap && !is_last {
-                moving = Some(send(rank, sent, held, lengths)?);
+                moving = Some(send(rank, ways, seen, lengths)?);
             }
             if step == 0 {
                 if !self.own.is_empty() {
-                    backend.attention(shape, q, &[held.view()], &self.own, out, Some(lse))?;
+                    backend.attention(shape, q, &[seen.view()], &self.own, out, Some(lse))?;
                 }
             } else if !self.others[step - 1].is_empty() {
                 let tasks = &self.others[step - 1];
-                backend.attention(shape, q, &[held.view()], tasks, part, Some(part_lse))?;
+                backend.attention(shape, q, &[seen.view()], tasks, part, Some(part_lse))?;
                 for task in tasks {
                     let rows = task.queries.clone();
                     backend.merge(shape, rows.clone(), out, lse, part, part_lse, rows.start)?;
                 }
             }
             if !plan.execution.overlap && !is_last {
-                moving = Some(send(rank, sent, held, lengths)?);
+                moving = Some(send(rank, ways, seen, lengths)?);
             }
             if let Some(moving) = moving {
-                let arrived = KeyValues::arrived(&rank.comm, moving)?;
-                *sent = Some(std::mem::replace(held, arrived));
+                let (sent, arrived) = KeyValues::exchanged(&rank.comm, moving)?;
+                *ways = Some([sent, std::mem::replace(held, arrived)]);
             }
         }
         Ok(())
@@ -132,14 +133,14 @@ fn steps(layouts: &[RankLayout]) -> usize {
     (1..ranks).rev().find(|step| (0..ranks).any(|me| needed(me, *step))).unwrap_or(0)
 }
 
-/// Sends a copy of the held rows on, so that the rows themselves can be attended to meanwhile. `lengths`: what is sent, what comes.
+/// Sends a copy of rows on, so that the rows themselves can be attended to meanwhile. `lengths`: what is sent, what comes.
 fn send<B: Backend, C: Comm<B::Matrix, B::Scores>>(
     rank: &Rank<'_, B, C>,
-    buffer: &mut Option<KeyValues<B::Matrix>>,
-    held: &KeyValues<B::Matrix>,
+    ways: &mut Option<[KeyValues<B::Matrix>; 2]>,
+    rows: &KeyValues<B::Matrix>,
     [send_rows, receive_rows]: [usize; 2],
-) -> Result<Moving<C::Pending>, RankError> {
-    let mut copy = buffer.take().expect("in place between steps");
-    copy.copy_from(rank.backend, 0, held, 0, send_rows)?;
-    Ok(copy.rotate(&rank.comm, send_rows, receive_rows)?)
+) -> Result<Moving<C::Exchange>, RankError> {
+    let [mut copy, receive] = ways.take().expect("in place between steps");
+    copy.copy_from(rank.backend, 0, rows, 0, send_rows)?;
+    Ok(copy.rotate(&rank.comm, send_rows, receive, receive_rows)?)
 }

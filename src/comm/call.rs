@@ -1,0 +1,120 @@
+//! Which collective a rank asks for: checked by itself when it is made, and against what the other ranks ask for when they meet.
+//!
+//! Invariant: a call that exists fits the matrices that it was made for.
+
+use std::fmt;
+
+use serde::{Deserialize, Serialize};
+
+use super::CommError;
+
+/// Which collective a rank called, with the sizes that have to agree.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Call {
+    AllGather { counts: Vec<usize>, cols: usize },
+    AllGatherScores { counts: Vec<usize>, cols: usize },
+    AllToAll { send: Vec<usize>, receive: Vec<usize>, cols: usize },
+    Broadcast { root: usize },
+    Barrier,
+}
+
+/// A collective that is wrong by itself, whatever the other ranks ask for.
+#[derive(Debug)]
+pub(super) struct Unfit {
+    op: &'static str,
+    expected: String,
+    got: String,
+}
+
+/// Rows and columns of a matrix.
+pub(super) type Dimensions = (usize, usize);
+
+impl Unfit {
+    /// As the error of the rank that asked for it.
+    pub(super) fn on(self, rank: usize) -> CommError {
+        let Self { op, expected, got } = self;
+        CommError::Mismatch { op, rank, expected, got }
+    }
+}
+
+/// One count for each of `size` ranks, and no more rows in all than there are.
+fn fitting(op: &'static str, size: usize, rows: usize, counts: &[usize]) -> Result<Vec<usize>, Unfit> {
+    if counts.len() != size || counts.iter().sum::<usize>() > rows {
+        return Err(Unfit { op, expected: format!("{size} counts for {rows} rows"), got: format!("{counts:?}") });
+    }
+    Ok(counts.to_vec())
+}
+
+impl Call {
+    /// An all-gather of `counts` rows of each of `size` ranks, in a matrix of these dimensions.
+    pub(super) fn all_gather(size: usize, (rows, cols): Dimensions, counts: &[usize]) -> Result<Self, Unfit> {
+        Ok(Self::AllGather { counts: fitting("all-gather", size, rows, counts)?, cols })
+    }
+
+    /// The same of scores.
+    pub(super) fn all_gather_scores(size: usize, (rows, cols): Dimensions, counts: &[usize]) -> Result<Self, Unfit> {
+        Ok(Self::AllGatherScores { counts: fitting("all-gather of scores", size, rows, counts)?, cols })
+    }
+
+    /// An all-to-all among `size` ranks, from one matrix to another, each with its counts.
+    pub(super) fn all_to_all(
+        size: usize,
+        ((send_rows, cols), send_counts): (Dimensions, &[usize]),
+        ((receive_rows, receive_cols), receive_counts): (Dimensions, &[usize]),
+    ) -> Result<Self, Unfit> {
+        let op = "all-to-all";
+        let send = fitting(op, size, send_rows, send_counts)?;
+        let receive = fitting(op, size, receive_rows, receive_counts)?;
+        if receive_cols != cols {
+            let got = format!("rows of {receive_cols} to receive");
+            return Err(Unfit { op, expected: format!("rows of {cols}, as are sent"), got });
+        }
+        Ok(Self::AllToAll { send, receive, cols })
+    }
+
+    /// A broadcast from `root`, one of `size` ranks.
+    pub(super) fn broadcast(size: usize, root: usize) -> Result<Self, Unfit> {
+        if root >= size {
+            let expected = format!("a root below {size}");
+            return Err(Unfit { op: "broadcast", expected, got: root.to_string() });
+        }
+        Ok(Self::Broadcast { root })
+    }
+
+    pub(super) fn op(&self) -> &'static str {
+        match self {
+            Call::AllGather { .. } => "all-gather",
+            Call::AllGatherScores { .. } => "all-gather of scores",
+            Call::AllToAll { .. } => "all-to-all",
+            Call::Broadcast { .. } => "broadcast",
+            Call::Barrier => "barrier",
+        }
+    }
+
+    /// Whether rank `rank` calling `self` and rank `peer` calling `other` can be the same collective.
+    pub(super) fn agrees(&self, rank: usize, other: &Call, peer: usize) -> bool {
+        match (self, other) {
+            (
+                Call::AllToAll { send, receive, cols },
+                Call::AllToAll { send: peer_sends, receive: peer_receives, cols: peer_cols },
+            ) => cols == peer_cols && send[peer] == peer_receives[rank] && receive[peer] == peer_sends[rank],
+            _ => self == other,
+        }
+    }
+}
+
+impl fmt::Display for Call {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Call::AllGather { counts, cols } | Call::AllGatherScores { counts, cols } => {
+                write!(f, "{} of {counts:?} rows of {cols}", self.op())
+            }
+            Call::AllToAll { send, receive, cols } => {
+                write!(f, "all-to-all sending {send:?} and receiving {receive:?} rows of {cols}")
+            }
+            Call::Broadcast { root } => write!(f, "broadcast from {root}"),
+            Call::Barrier => write!(f, "barrier"),
+        }
+    }
+}
