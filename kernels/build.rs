@@ -7,6 +7,8 @@ use std::process::Command;
 use std::sync::Mutex;
 use std::{env, fs, thread};
 
+/// This folder as the crate sees it that the kernels are built for, `src/backend`.
+const KERNELS: &str = "../../kernels";
 /// Architectures each module is compiled for; the first that a device can run is taken.
 const ARCHITECTURES: [&str; 2] = ["90a", "80"];
 /// Modules that need Hopper's instructions.
@@ -18,7 +20,7 @@ struct Job {
 }
 
 fn main() {
-    println!("cargo::rerun-if-changed=kernels");
+    println!("cargo::rerun-if-changed={KERNELS}");
     println!("cargo::rerun-if-env-changed=NVCC");
     if env::var_os("CARGO_FEATURE_CUDA").is_none() {
         return;
@@ -51,7 +53,7 @@ fn find_nvcc() -> Option<PathBuf> {
 fn jobs() -> Vec<Job> {
     let mut modules = Vec::new();
     for folder in ["", "attention/"] {
-        for entry in fs::read_dir(Path::new("kernels").join(folder)).expect("kernels/ is there") {
+        for entry in fs::read_dir(Path::new(KERNELS).join(folder)).expect("kernels/ is there") {
             let path = entry.expect("kernels/ is readable").path();
             if path.extension().is_some_and(|extension| extension == "cu") {
                 modules.push(format!("{folder}{}", path.file_stem().expect("a file has a stem").display()));
@@ -90,11 +92,11 @@ fn compile_all(nvcc: &Path, out: &Path, jobs: &[Job]) {
 fn compile(nvcc: &Path, job: &Job, to: &Path) {
     let architecture = job.architecture;
     let output = Command::new(nvcc)
-        .args(["-std=c++20", "-Ikernels", "-cubin", "--Werror=all-warnings"])
+        .args(["-std=c++20", "-I", KERNELS, "-cubin", "--Werror=all-warnings"])
         .arg(format!("-gencode=arch=compute_{architecture},code=sm_{architecture}"))
         .arg("-o")
         .arg(to)
-        .arg(format!("kernels/{}.cu", job.module))
+        .arg(format!("{KERNELS}/{}.cu", job.module))
         .output()
         .unwrap_or_else(|error| panic!("{} does not run: {error}", nvcc.display()));
     assert!(

@@ -2,7 +2,8 @@
 //!
 //! The modules are listed in the order in which a document travels; `README.md` has the map.
 
-pub mod backend;
+pub use apbd_backend as backend;
+
 pub mod cli;
 pub mod comm;
 pub mod config;

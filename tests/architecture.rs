@@ -12,7 +12,6 @@ const MAY_USE: &[(&str, &[&str])] = &[
     ("cost", &["plan"]),
     ("job", &["plan", "generate"]),
     // The engine's side: never a queue, a store or a document.
-    ("backend", &[]),
     ("comm", &["backend"]),
     ("model", &["backend", "generate"]),
     ("engine", &["backend", "comm", "cost", "generate", "model", "plan"]),
@@ -90,7 +89,8 @@ fn used(code: &str) -> BTreeSet<String> {
 fn modules_use_only_what_they_may() {
     let mut wrong = Vec::new();
     for (module, path, text) in sources() {
-        if module == "cli" || is_test(&path) {
+        // The backend is a crate of its own: that it uses nothing else is the compiler's to see.
+        if module == "cli" || module == "backend" || is_test(&path) {
             continue;
         }
         let Some((_, may)) = MAY_USE.iter().find(|(name, _)| *name == module) else {

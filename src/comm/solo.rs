@@ -102,7 +102,8 @@ mod tests {
     fn what_is_brought_is_what_comes() {
         let comm = alone();
         assert_eq!(comm.all_gather(vec![1.0], &[1]).and_then(|rows| comm.finish(rows)).unwrap(), [1.0]);
-        assert_eq!(comm.rotate(vec![2.0], 1, 1).and_then(|rows| comm.finish(rows)).unwrap(), [2.0]);
+        let exchange = comm.rotate(vec![2.0], 1, vec![0.0], 1).unwrap();
+        assert_eq!(comm.finish_all_to_all(exchange).unwrap().1, [2.0]);
         let exchange = comm.all_to_all(vec![3.0], &[1], vec![0.0], &[1]).unwrap();
         assert_eq!(comm.finish_all_to_all(exchange).unwrap().1, [3.0]);
         assert_eq!(comm.broadcast(0, 7).unwrap(), 7);

@@ -5,9 +5,9 @@
 use super::check;
 use super::linear::check_rows;
 use super::matrix::Matrix;
-use crate::backend::BackendError;
+use crate::BackendError;
 
-/// `dst[dst_row + g * rows + i] = src[row + i, col + g * width ..]`, see [`stack_columns`](crate::backend::Backend::stack_columns).
+/// `dst[dst_row + g * rows + i] = src[row + i, col + g * width ..]`, see [`stack_columns`](crate::Backend::stack_columns).
 pub(super) fn stack(
     src: &Matrix,
     (src_row, src_col): (usize, usize),
@@ -27,7 +27,7 @@ pub(super) fn stack(
     Ok(())
 }
 
-/// `dst[dst_row + i, g * width ..] = src[src_row + g * rows + i]`, see [`unstack_columns`](crate::backend::Backend::unstack_columns).
+/// `dst[dst_row + i, g * width ..] = src[src_row + g * rows + i]`, see [`unstack_columns`](crate::Backend::unstack_columns).
 pub(super) fn unstack(
     src: &Matrix,
     src_row: usize,

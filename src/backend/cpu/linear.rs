@@ -8,7 +8,7 @@ use super::threads::Threads;
 use super::vector::few_rows_transposed;
 use super::view::{Tile, View, ViewMut, multiply_transposed};
 use super::weight::Weight;
-use crate::backend::BackendError;
+use crate::BackendError;
 
 /// Up to this many rows packing the weights would cost more than it brings.
 const FEW_ROWS: usize = 128;
@@ -19,7 +19,7 @@ const TILE_COLS: usize = 1024;
 /// Weights worth waking a thread for, where one row makes reading them all the work.
 const FEW_ROWS_GRAIN: usize = 1 << 16;
 
-/// See [`crate::backend::Backend::linear`].
+/// See [`crate::Backend::linear`].
 pub(super) fn linear(
     threads: &Threads,
     rows: usize,

@@ -2,7 +2,7 @@
 //!
 //! Invariant: `data.len() == rows * cols`.
 
-use crate::backend::BackendError;
+use crate::BackendError;
 
 /// Activations, keys, values: `[rows, cols]`, row-major, one row a token.
 #[derive(Debug, Clone, PartialEq)]

@@ -9,9 +9,9 @@ use super::threads::Threads;
 use super::vector::silu_times;
 use super::view::{View, ViewMut};
 use super::weight::Weight;
-use crate::backend::BackendError;
+use crate::BackendError;
 
-/// See [`crate::backend::Backend::mlp`].
+/// See [`crate::Backend::mlp`].
 pub(super) fn mlp(
     threads: &Threads,
     rows: usize,

@@ -9,12 +9,12 @@ use super::threads::Threads;
 use super::vector::{dot, scale_by};
 use super::view::{View, ViewMut};
 use super::weight::Weight;
-use crate::backend::BackendError;
+use crate::BackendError;
 
 /// Rows worth waking a thread for.
 const GRAIN: usize = 128;
 
-/// See [`crate::backend::Backend::embed`].
+/// See [`crate::Backend::embed`].
 pub(super) fn embed(table: &Weight, ids: &[u32], x: &mut Matrix) -> Result<(), BackendError> {
     let table = table.matrix();
     check_rows("embed", "x", ids.len(), table.cols(), x)?;
@@ -26,7 +26,7 @@ pub(super) fn embed(table: &Weight, ids: &[u32], x: &mut Matrix) -> Result<(), B
     Ok(())
 }
 
-/// See [`crate::backend::Backend::rms_norm`].
+/// See [`crate::Backend::rms_norm`].
 pub(super) fn rms_norm(
     threads: &Threads,
     rows: usize,
@@ -53,7 +53,7 @@ fn norm_row(x: &[f32], w: &[f32], epsilon: f32, out: &mut [f32]) {
     scale_by(x, 1.0 / (mean_square + epsilon).sqrt(), w, out);
 }
 
-/// See [`crate::backend::Backend::logits`].
+/// See [`crate::Backend::logits`].
 pub(super) fn logits(
     threads: &Threads,
     x: &Matrix,

@@ -7,7 +7,7 @@
 use super::check_shape;
 use super::linear::check_rows;
 use super::matrix::Matrix;
-use crate::backend::{BackendError, HeadShape, KvMut, KvRef};
+use crate::{BackendError, HeadShape, KvMut, KvRef};
 
 /// The largest value of e4m3.
 const LARGEST: f32 = 448.0;
@@ -17,7 +17,7 @@ pub(super) fn matrix(shape: HeadShape, rows: usize) -> Result<Matrix, BackendErr
     Matrix::allocate("quantized_kv", rows, words(shape))
 }
 
-/// See [`quantize_kv`](crate::backend::Backend::quantize_kv).
+/// See [`quantize_kv`](crate::Backend::quantize_kv).
 pub(super) fn quantize(
     shape: HeadShape,
     kv: KvRef<'_, Matrix>,
@@ -50,7 +50,7 @@ pub(super) fn quantize(
     Ok(())
 }
 
-/// See [`restore_kv`](crate::backend::Backend::restore_kv).
+/// See [`restore_kv`](crate::Backend::restore_kv).
 pub(super) fn restore(
     shape: HeadShape,
     from: &Matrix,

@@ -11,7 +11,7 @@ use super::matrix::Matrix;
 use super::threads::Threads;
 use super::view::ViewMut;
 use super::{check, check_shape};
-use crate::backend::{BackendError, HeadShape, KvMut};
+use crate::{BackendError, HeadShape, KvMut};
 
 /// Rows worth waking a thread for.
 const GRAIN: usize = 64;
@@ -26,7 +26,7 @@ pub(super) struct Angles<'a> {
     pub scale: f32,
 }
 
-/// See [`crate::backend::Backend::rope_store`].
+/// See [`crate::Backend::rope_store`].
 pub(super) fn rope_store(
     threads: &Threads,
     shape: HeadShape,

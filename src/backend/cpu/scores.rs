@@ -11,9 +11,9 @@ use super::vector::{blend, scale, silu_in_place};
 use super::view::{Tile, View, ViewMut};
 use super::weight::Weight;
 use super::{check, check_shape};
-use crate::backend::{BackendError, HeadShape};
+use crate::{BackendError, HeadShape};
 
-/// See [`crate::backend::Backend::retaining_scores`].
+/// See [`crate::Backend::retaining_scores`].
 pub(super) fn retaining_scores(
     threads: &Threads,
     rows: usize,
@@ -41,7 +41,7 @@ pub(super) fn retaining_scores(
     Ok(())
 }
 
-/// See [`crate::backend::Backend::query_aware_scores`].
+/// See [`crate::Backend::query_aware_scores`].
 pub(super) fn query_aware_scores(
     threads: &Threads,
     shape: HeadShape,
@@ -85,7 +85,7 @@ fn mean_queries(shape: HeadShape, queries: Range<usize>, q_qkv: &Matrix) -> Vec<
     mean
 }
 
-/// See [`crate::backend::Backend::set_scores`].
+/// See [`crate::Backend::set_scores`].
 pub(super) fn set_scores(values: &[f32], out: &mut Scores) -> Result<(), BackendError> {
     let (rows, cols) = (out.rows(), out.cols());
     check("set_scores", values.len() == rows * cols, || {

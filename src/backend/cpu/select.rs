@@ -8,12 +8,12 @@ use super::linear::check_rows;
 use super::matrix::{Matrix, Rows, Scores};
 use super::threads::Threads;
 use super::{check, check_shape};
-use crate::backend::{BackendError, HeadShape, KvMut, KvRef};
+use crate::{BackendError, HeadShape, KvMut, KvRef};
 
 /// Columns to either side that a pooled score is the maximum of.
 const POOL_REACH: usize = 2;
 
-/// See [`crate::backend::Backend::top_k`].
+/// See [`crate::Backend::top_k`].
 pub(super) fn top_k(
     threads: &Threads,
     scores: &Scores,
@@ -63,7 +63,7 @@ fn best(scores: &[f32], k: usize, first: usize) -> Vec<u32> {
     places
 }
 
-/// See [`crate::backend::Backend::gather_kv`].
+/// See [`crate::Backend::gather_kv`].
 pub(super) fn gather_kv(
     shape: HeadShape,
     chosen: &Rows,

@@ -132,7 +132,7 @@ mod tests {
     use pulp::{Simd, WithSimd};
 
     use super::{exp, exp2, silu};
-    use crate::backend::cpu::vector::instruction_sets;
+    use crate::cpu::vector::instruction_sets;
 
     #[derive(Clone, Copy)]
     enum Function {

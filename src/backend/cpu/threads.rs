@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-use crate::backend::BackendError;
+use crate::BackendError;
 
 /// A fixed number of threads that share lists of work.
 pub(super) struct Threads {

@@ -7,7 +7,7 @@ use half::{bf16, f16};
 use super::check;
 use super::matrix::Matrix;
 use super::threads::Threads;
-use crate::backend::{BackendError, DType, WeightView};
+use crate::{BackendError, DType, WeightView};
 
 /// Elements converted as one piece of work.
 const PIECE: usize = 1 << 16;

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::driver::Context;
-use crate::backend::BackendError;
+use crate::BackendError;
 
 /// Alignment of pieces; more than any kernel or tensor map asks for.
 const ALIGNMENT_BYTES: usize = 512;

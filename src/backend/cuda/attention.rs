@@ -15,7 +15,7 @@ use super::driver::{Function, Stream, TensorMap, parameters};
 use super::kept::restored;
 use super::matrix::{CudaMatrix, CudaScores, Fp8Scales, require};
 use super::modules::Modules;
-use crate::backend::{AttentionTask, BackendError, HeadShape, KvRef};
+use crate::{AttentionTask, BackendError, HeadShape, KvRef};
 
 pub(super) const OP: &str = "attention";
 /// As in kernels/attention/hopper.cu.

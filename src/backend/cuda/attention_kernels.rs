@@ -6,7 +6,7 @@ use super::attention::OP;
 use super::driver::Function;
 use super::matrix::require;
 use super::modules::Modules;
-use crate::backend::{AttentionTask, BackendError, HeadShape};
+use crate::{AttentionTask, BackendError, HeadShape};
 
 /// Sizes of a head there are kernels for.
 pub(super) const HEAD_DIMS: [usize; 4] = [16, 32, 64, 128];

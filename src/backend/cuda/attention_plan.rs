@@ -4,7 +4,7 @@
 
 use std::cmp::Reverse;
 
-use crate::backend::{AttentionTask, Mask};
+use crate::{AttentionTask, Mask};
 
 /// A row tile's and a key tile's size, and how far a row tile's keys may be split.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -155,7 +155,7 @@ fn tiles_of_a_piece(row_tiles: &[RowTile], tiling: &Tiling) -> usize {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::backend::Segment;
+    use crate::Segment;
     use proptest::prelude::*;
 
     fn tasks() -> impl Strategy<Value = Vec<AttentionTask>> {

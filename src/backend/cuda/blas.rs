@@ -13,7 +13,7 @@ use cudarc::cublaslt::sys;
 
 use super::arena::{Arena, Piece};
 use super::driver::Stream;
-use crate::backend::BackendError;
+use crate::BackendError;
 
 /// What the library advises for Hopper.
 const WORKSPACE_BYTES: usize = 32 << 20;

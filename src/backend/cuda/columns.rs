@@ -6,7 +6,7 @@
 use super::Cuda;
 use super::driver::parameters;
 use super::matrix::{CudaMatrix, require};
-use crate::backend::BackendError;
+use crate::BackendError;
 
 /// Threads of a block.
 const THREADS: usize = 256;

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 
-use crate::backend::BackendError;
+use crate::BackendError;
 
 /// What a driver call's failure means to the caller of `op`.
 pub(super) fn failed(op: &'static str) -> impl Fn(DriverError) -> BackendError {

@@ -9,7 +9,7 @@ use super::Cuda;
 use super::arena::Arena;
 use super::driver::{Function, Stream, parameters};
 use super::matrix::{CudaMatrix, Fp8Scales, require};
-use crate::backend::{BackendError, HeadShape};
+use crate::{BackendError, HeadShape};
 
 /// Threads of a block of keep_fp8 (as in kernels/kv_fp8.cu) and of restore_fp8.
 const THREADS: usize = 256;

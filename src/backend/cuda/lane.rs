@@ -9,7 +9,7 @@ use std::sync::Arc;
 use super::Cuda;
 use super::driver::{Event, Stream};
 use super::matrix::{CudaMatrix, CudaScores};
-use crate::backend::BackendError;
+use crate::BackendError;
 
 /// The stream, with the device that it belongs to.
 pub struct Lane {

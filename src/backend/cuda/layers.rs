@@ -7,7 +7,7 @@ use super::Cuda;
 use super::driver::parameters;
 use super::kept::Rows;
 use super::matrix::{CudaMatrix, CudaWeight, require};
-use crate::backend::BackendError;
+use crate::BackendError;
 
 /// As in kernels/rms_norm.cu.
 const MAX_NORM_COLS: usize = 8 * 1024 * 4;

@@ -3,7 +3,7 @@
 //! Invariant: the order depends on the links alone; of equals it is the one that is nearest to what was given.
 
 use super::driver::{link, start_driver};
-use crate::backend::BackendError;
+use crate::BackendError;
 
 /// Devices up to which every order is tried; more are put in order one by one.
 const TRY_ALL_UP_TO: usize = 8;

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::arena::{Arena, Piece};
-use crate::backend::BackendError;
+use crate::BackendError;
 
 /// Activations, keys or values: bf16, or kept keys and values in FP8.
 pub struct CudaMatrix {

@@ -6,7 +6,7 @@
 use super::Cuda;
 use super::driver::{Event, parameters};
 use super::matrix::{CudaMatrix, CudaRows, CudaScores, CudaWeight, require};
-use crate::backend::{Backend, BackendError};
+use crate::{Backend, BackendError};
 
 impl Cuda {
     /// A matrix of the given bf16 values (their bits), row-major.

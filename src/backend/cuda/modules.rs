@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use super::driver::{Context, Function, Module};
-use crate::backend::BackendError;
+use crate::BackendError;
 
 /// `(module, architecture, image)`, preferred architectures first.
 const CUBINS: &[(&str, &str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/cubins.rs"));

@@ -6,7 +6,7 @@
 use super::Cuda;
 use super::driver::parameters;
 use super::matrix::{CudaMatrix, CudaScores, CudaWeight};
-use crate::backend::{BackendError, Next, Wanted};
+use crate::{BackendError, Next, Wanted};
 
 /// As in kernels/choose.h.
 const MAX_CHOICES: usize = 64;

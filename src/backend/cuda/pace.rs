@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 
 use super::Cuda;
 use super::driver::Event;
-use crate::backend::BackendError;
+use crate::BackendError;
 
 /// Stretches of work that may be under way: enough that the device never waits, few enough that a cancel is felt.
 const AHEAD: usize = 2;

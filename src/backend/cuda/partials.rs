@@ -8,7 +8,7 @@ use std::ops::Range;
 use super::Cuda;
 use super::driver::parameters;
 use super::matrix::{CudaMatrix, CudaScores, need, require};
-use crate::backend::{BackendError, HeadShape};
+use crate::{BackendError, HeadShape};
 
 const THREADS: usize = 256;
 

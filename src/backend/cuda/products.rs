@@ -8,7 +8,7 @@ use super::blas::{Form, Operands};
 use super::driver::{Function, parameters};
 use super::matrix::{CudaMatrix, CudaWeight, require};
 use super::modules::Modules;
-use crate::backend::BackendError;
+use crate::BackendError;
 
 /// Rows that an MLP is computed for at a time: enough to fill the device, few enough that gate and up stay small.
 pub(super) const MLP_ROWS: usize = 4096 + 256;

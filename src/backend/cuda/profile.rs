@@ -7,7 +7,7 @@ use std::sync::{Mutex, PoisonError};
 
 use super::Cuda;
 use super::driver::{Context, Event, Stream};
-use crate::backend::BackendError;
+use crate::BackendError;
 
 /// Marks that have been set since [`Cuda::start_profile`].
 #[derive(Default)]

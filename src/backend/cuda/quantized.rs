@@ -6,7 +6,7 @@
 use super::driver::parameters;
 use super::matrix::{CudaMatrix, require};
 use super::{Cuda, KvMut, KvRef};
-use crate::backend::{BackendError, HeadShape};
+use crate::{BackendError, HeadShape};
 
 /// As in kernels/passing_fp8.cu.
 const THREADS: usize = 256;

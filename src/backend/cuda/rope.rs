@@ -9,7 +9,7 @@ use super::driver::parameters;
 use super::kept::Rows;
 use super::matrix::{CudaMatrix, Fp8Scales, require};
 use super::{Cuda, KvMut};
-use crate::backend::{BackendError, HeadShape};
+use crate::{BackendError, HeadShape};
 
 /// As in kernels/rope.h.
 const MAX_RUNS: usize = 64;

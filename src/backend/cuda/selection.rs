@@ -9,7 +9,7 @@ use super::blas::{Form, Operands};
 use super::driver::parameters;
 use super::matrix::{CudaMatrix, CudaRows, CudaScores, CudaWeight, need, require};
 use super::{Cuda, KvMut, KvRef};
-use crate::backend::{BackendError, HeadShape};
+use crate::{BackendError, HeadShape};
 
 /// Rows whose hidden activations of a retaining head are in memory at a time.
 pub(super) const SCORE_ROWS: usize = 4096;

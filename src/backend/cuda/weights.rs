@@ -11,7 +11,7 @@ use super::Cuda;
 use super::arena::Piece;
 use super::driver::{Context, Event, Pinned, Stream, parameters};
 use super::matrix::{CudaWeight, require};
-use crate::backend::{BackendError, DType, WeightView};
+use crate::{BackendError, DType, WeightView};
 
 const OP: &str = "weight";
 /// One of two buffers: one is filled from the file while the other travels.

@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use super::visible;
-use crate::backend::{AttentionTask, Mask};
+use crate::{AttentionTask, Mask};
 
 /// Keys of a block: with [`super::TILE_ROWS`] rows, a block of scores stays in the second-level cache.
 pub(super) const KEYS: usize = 256;
@@ -58,8 +58,8 @@ mod tests {
     use proptest::prelude::*;
 
     use super::key_blocks;
-    use crate::backend::cpu::attention::visible;
-    use crate::backend::{AttentionTask, Mask, Segment};
+    use crate::cpu::attention::visible;
+    use crate::{AttentionTask, Mask, Segment};
 
     proptest! {
         #[test]

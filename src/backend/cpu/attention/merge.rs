@@ -4,19 +4,19 @@
 
 use std::ops::Range;
 
-use crate::backend::cpu::check_shape;
-use crate::backend::cpu::linear::check_rows;
-use crate::backend::cpu::matrix::{Matrix, Scores};
-use crate::backend::cpu::threads::Threads;
-use crate::backend::cpu::vector::blend;
-use crate::backend::cpu::view::ViewMut;
-use crate::backend::{BackendError, HeadShape};
+use crate::cpu::check_shape;
+use crate::cpu::linear::check_rows;
+use crate::cpu::matrix::{Matrix, Scores};
+use crate::cpu::threads::Threads;
+use crate::cpu::vector::blend;
+use crate::cpu::view::ViewMut;
+use crate::{BackendError, HeadShape};
 
 /// Rows worth waking a thread for.
 const GRAIN: usize = 64;
 
-/// See [`crate::backend::Backend::merge`]. `part` is the partial's output and LSE, and where its rows start.
-pub(in crate::backend::cpu) fn merge(
+/// See [`crate::Backend::merge`]. `part` is the partial's output and LSE, and where its rows start.
+pub(in crate::cpu) fn merge(
     threads: &Threads,
     shape: HeadShape,
     rows: Range<usize>,

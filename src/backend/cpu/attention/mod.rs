@@ -18,7 +18,7 @@ use super::matrix::{Matrix, Scores};
 use super::threads::Threads;
 use super::view::ViewMut;
 use super::{check, check_shape};
-use crate::backend::{AttentionTask, BackendError, HeadShape, KvRef, Mask};
+use crate::{AttentionTask, BackendError, HeadShape, KvRef, Mask};
 use keys::{KeyBlock, key_blocks};
 use tile::{Partial, Tile};
 
@@ -62,7 +62,7 @@ impl QueryBlock<'_> {
     }
 }
 
-/// See [`crate::backend::Backend::attention`].
+/// See [`crate::Backend::attention`].
 pub(super) fn attention(
     threads: &Threads,
     shape: HeadShape,

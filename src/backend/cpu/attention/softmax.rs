@@ -5,8 +5,8 @@
 use pulp::{Simd, WithSimd, as_arrays, as_arrays_mut};
 
 use super::keys::KeyBlock;
-use crate::backend::cpu::simd::exp2;
-use crate::backend::cpu::view::ViewMut;
+use crate::cpu::simd::exp2;
+use crate::cpu::view::ViewMut;
 
 /// What the softmax has seen of each row.
 pub(super) struct Softmax {

@@ -7,9 +7,9 @@
 use super::keys::{KEYS, KeyBlock};
 use super::softmax::{Softmax, SoftmaxBlock};
 use super::{Inputs, QueryBlock};
-use crate::backend::HeadShape;
-use crate::backend::cpu::vector::{blend, dispatch, few_rows_add, few_rows_transposed, scale};
-use crate::backend::cpu::view::{View, ViewMut, multiply_add, multiply_transposed};
+use crate::HeadShape;
+use crate::cpu::vector::{blend, dispatch, few_rows_add, few_rows_transposed, scale};
+use crate::cpu::view::{View, ViewMut, multiply_add, multiply_transposed};
 
 /// Up to this many rows a tile is bound by reading keys and values, and computed without packing them.
 const FEW_ROWS: usize = 8;

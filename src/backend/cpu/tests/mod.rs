@@ -9,7 +9,7 @@ use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
 use super::*;
-use crate::backend::{DType, Mask, Segment};
+use crate::{DType, Mask, Segment};
 
 /// What outputs hold before they are written.
 const POISON: f32 = f32::NAN;
