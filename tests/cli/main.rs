@@ -1,5 +1,8 @@
 //! What the subcommands that look at a database print, and how they exit.
 
+#[cfg(feature = "cuda")]
+mod devices;
+
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 

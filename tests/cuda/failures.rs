@@ -1,7 +1,5 @@
 //! Mistakes of a caller, and memory that does not suffice: errors that say what, and a device that goes on.
 
-use std::process::Command;
-
 use apbd::backend::cuda::{Cuda, CudaOptions};
 use apbd::backend::{AttentionTask, Backend, BackendError, HeadShape, KvRef, Mask, Segment};
 
@@ -12,7 +10,6 @@ pub const TESTS: &[Test] = &[
     ("wrong_shapes_are_refused", shapes),
     ("too_much_memory_is_refused_and_given_back", memory),
     ("a_device_that_is_not_there_is_said_so", missing),
-    ("a_driver_or_a_device_of_the_wrong_age_is_said_so", wrong_age),
 ];
 
 fn shapes(cuda: &Cuda) {
@@ -46,26 +43,4 @@ fn missing(_: &Cuda) {
     let options = CudaOptions { memory_bytes: Some(1 << 20), ..CudaOptions::default() };
     let error = Cuda::open(1000, &options).err().unwrap().to_string();
     assert!(error.contains("no such device"), "{error}");
-}
-
-/// By the program, as a user sees it. A real device can not be made older than it is.
-fn wrong_age(cuda: &Cuda) {
-    if cuda.device_name() != "emulator" {
-        return;
-    }
-    let directory = tempfile::TempDir::new().unwrap();
-    for (variable, value, expected) in [
-        ("APBD_EMULATED_DRIVER", "12080", "the NVIDIA driver is for CUDA 12.8, 13.0 is needed"),
-        ("APBD_EMULATED_CAPABILITY", "75", "compute capability 7.5; the kernels are for 8.x and 9.0"),
-    ] {
-        let run = Command::new(env!("CARGO_BIN_EXE_apbd"))
-            .args(["run", "README.md", "--backend", "cuda", "--model", "fixtures/model", "--db"])
-            .arg(directory.path().join("jobs.db"))
-            .env(variable, value)
-            .output()
-            .unwrap();
-        let said = String::from_utf8_lossy(&run.stderr);
-        assert!(said.contains(expected), "{said}");
-        assert_eq!(run.status.code(), Some(64), "{said}");
-    }
 }

@@ -13,6 +13,8 @@ use apbd::plan::{AttentionMode, AttentionRequest, Execution, PassingType, Select
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
+use super::fixture;
+
 pub const TESTS: &[(&str, fn())] = &[
     ("models_agree_with_the_cpu", small_models),
     ("the_shipped_model_agrees_with_the_cpu", shipped_model),
@@ -137,28 +139,28 @@ fn compare_with(model: &Path, context: usize, query: usize, options: CudaOptions
 
 fn small_models() {
     for model in ["llama-3.1", "qwen2.5-yarn", "yi", "llama-linear"] {
-        compare(&Path::new("fixtures/goldens").join(model), 150, 9, RANDOM_MODEL_TOLERANCE);
+        compare(&fixture("goldens").join(model), 150, 9, RANDOM_MODEL_TOLERANCE);
     }
 }
 
 fn shipped_model() {
-    compare(Path::new("fixtures/model"), 1500, 30, SHIPPED_MODEL_TOLERANCE);
+    compare(&fixture("model"), 1500, 30, SHIPPED_MODEL_TOLERANCE);
 }
 
 fn fp8_cache() {
     let fp8 = CudaOptions { kv_cache: KvCacheType::Fp8, ..CudaOptions::default() };
     for model in ["llama-3.1", "qwen2.5-yarn"] {
-        compare_with(&Path::new("fixtures/goldens").join(model), 150, 9, fp8, FP8_RANDOM_TOLERANCE);
+        compare_with(&fixture("goldens").join(model), 150, 9, fp8, FP8_RANDOM_TOLERANCE);
     }
 }
 
 fn shipped_model_fp8() {
     let fp8 = CudaOptions { kv_cache: KvCacheType::Fp8, ..CudaOptions::default() };
-    compare_with(Path::new("fixtures/model"), 1500, 30, fp8, FP8_TOLERANCE);
+    compare_with(&fixture("model"), 1500, 30, fp8, FP8_TOLERANCE);
 }
 
 fn ten_runs() {
-    let cuda = open(Path::new("fixtures/model"), AttentionPath::Fastest);
+    let cuda = open(&fixture("model"), AttentionPath::Fastest);
     let vocab = cuda.spec().vocab;
     for request in requests(true) {
         let job = (&tokens(2000, vocab, 1)[..], &tokens(20, vocab, 2)[..]);
@@ -172,7 +174,7 @@ fn ten_runs() {
 
 fn too_long() {
     let little = CudaOptions { memory_bytes: Some(400 << 20), ..CudaOptions::default() };
-    let cuda = open_with(Path::new("fixtures/model"), little);
+    let cuda = open_with(&fixture("model"), little);
     let request = AttentionRequest { mode: Some(AttentionMode::Full), ..AttentionRequest::default() };
     // Positions suffice; what would be needed is known before anything is taken.
     let most = cuda.info().max_tokens;

@@ -2,7 +2,6 @@
 //!
 //! Every strategy is held against the CPU backend on one GPU (`parity`); here the number of GPUs may change the order of additions at most.
 
-use std::path::Path;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -12,11 +11,12 @@ use apbd::generate::generator::Step;
 use apbd::plan::{AttentionRequest, Execution, Placement};
 use libtest_mimic::Trial;
 
+use super::fixture;
 use super::parity::{Forced, requests, run, tokens};
 
 /// Error of logits, of the largest: what the order of additions costs in bf16 on a model of random weights (3 % was seen).
 const TOLERANCE: f32 = 0.1;
-const MODEL: &str = "fixtures/goldens/llama-3.1";
+const MODEL: &str = "goldens/llama-3.1";
 const MEMORY_BYTES: usize = 400 << 20;
 const RANKS_AT_MOST: usize = 4;
 
@@ -53,7 +53,7 @@ pub fn trials(device: &Arc<Mutex<Option<Cuda>>>) -> Vec<Trial> {
 fn open(model: &str, devices: &[usize]) -> CudaEngine {
     let backend = CudaOptions { memory_bytes: Some(MEMORY_BYTES), ..CudaOptions::default() };
     let options = CudaEngineOptions { devices: devices.to_vec(), backend, ..CudaEngineOptions::default() };
-    CudaEngine::open(Path::new(model), &options).unwrap()
+    CudaEngine::open(&fixture(model), &options).unwrap()
 }
 
 fn paired(request: &AttentionRequest) -> AttentionRequest {

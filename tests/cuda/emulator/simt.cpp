@@ -1,5 +1,6 @@
 #include "simt.h"
 
+#include <csetjmp>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -25,9 +26,11 @@ struct Abandoned {};
 
 struct Fiber {
     Thread thread;
-    ucontext_t context;
+    ucontext_t beginning;
+    // Where it has given way. Not a context: switching to one asks the kernel for the signal mask every time.
+    jmp_buf place;
     std::unique_ptr<uint8_t[]> stack;
-    bool done = false;
+    bool begun = false, done = false;
 };
 
 namespace {
@@ -37,12 +40,17 @@ std::vector<std::unique_ptr<Fiber>> fibers;
 std::vector<Exchange> exchanges;
 NamedBarrier named[16];
 std::vector<std::function<void()>> delayed;
-ucontext_t scheduler;
+jmp_buf scheduler;
 Fiber* running;
 const std::function<void()>* body;
 size_t live;
 unsigned long progress;
 std::string failure;  // not empty: the launch has failed, waits unwind their fibers
+
+// Lets the scheduler go on; returns when it comes back to this fiber.
+void give_way(Fiber& self) {
+    if (!_setjmp(self.place)) _longjmp(scheduler, 1);
+}
 
 void enter() {
     Fiber* self = running;
@@ -55,26 +63,29 @@ void enter() {
     self->done = true;
     --live;
     ++progress;
-    swapcontext(&self->context, &scheduler);
+    give_way(*self);
 }
 
 void resume(Fiber& fiber) {
     running = &fiber;
     current = &fiber.thread;
-    swapcontext(&scheduler, &fiber.context);
+    if (_setjmp(scheduler)) return;
+    if (fiber.begun) _longjmp(fiber.place, 1);
+    fiber.begun = true;
+    setcontext(&fiber.beginning);
 }
 
 void start(Fiber& fiber, unsigned number) {
     fiber.thread.index = {number % block_size.x, number / block_size.x % block_size.y, number / (block_size.x * block_size.y)};
     fiber.thread.lane = number % 32;
     fiber.thread.warp = number / 32;
-    fiber.done = false;
+    fiber.begun = fiber.done = false;
     if (!fiber.stack) fiber.stack.reset(new uint8_t[STACK_BYTES]);
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.get();
-    fiber.context.uc_stack.ss_size = STACK_BYTES;
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, enter, 0);
+    getcontext(&fiber.beginning);
+    fiber.beginning.uc_stack.ss_sp = fiber.stack.get();
+    fiber.beginning.uc_stack.ss_size = STACK_BYTES;
+    fiber.beginning.uc_link = nullptr;
+    makecontext(&fiber.beginning, enter, 0);
 }
 
 void do_delayed(bool all) {
@@ -121,7 +132,7 @@ void wait_until(const std::function<bool()>& ready) {
     Fiber* self = running;
     while (!ready()) {
         if (!failure.empty()) throw Abandoned();
-        swapcontext(&self->context, &scheduler);
+        give_way(*self);
     }
     ++progress;
 }

@@ -22,6 +22,7 @@ mod travel;
 mod values;
 mod weights;
 
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
 
@@ -40,6 +41,11 @@ const TOO_LONG_TO_EMULATE: [&str; 5] = [
     "the_shipped_model_reads_from_a_cache_in_fp8",
     "ten_runs_are_equal_to_the_bit",
 ];
+
+/// A place below the project's fixtures.
+fn fixture(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fixtures").join(name)
+}
 
 /// A test by name.
 type Test = (&'static str, fn(&Cuda));
