@@ -10,7 +10,7 @@ use clap::ValueEnum;
 use super::CliError;
 use super::place::NodeArgs;
 use crate::engine::devices::Devices;
-use crate::engine::{Engine, LocalEngine, LocalOptions, ModelEngine};
+use crate::engine::{Engine, Following, LocalEngine, LocalOptions, ModelEngine};
 
 /// Options of the device.
 #[derive(Debug, Clone, clap::Args)]
@@ -100,11 +100,11 @@ impl DeviceArgs {
     }
 
     /// On another node than the first: does what that decides.
-    pub fn follow(&self, model: &Path, heads: Option<&Path>) -> Result<(), CliError> {
+    pub fn follow(&self, model: &Path, heads: Option<&Path>, terms: &Following<'_>) -> Result<(), CliError> {
         let followed = match self.backend {
-            BackendName::Cpu => self.open_cpu(model, heads)?.follow(),
+            BackendName::Cpu => self.open_cpu(model, heads)?.follow(terms),
             #[cfg(feature = "cuda")]
-            BackendName::Cuda => self.open_cuda(model, heads)?.follow(),
+            BackendName::Cuda => self.open_cuda(model, heads)?.follow(terms),
             #[cfg(not(feature = "cuda"))]
             BackendName::Cuda => return Err(no_cuda()),
         };

@@ -2,25 +2,31 @@
 //!
 //! The first node's daemon says in the database that its engine waits; this one then starts its own, and again whenever the first is started again.
 //!
-//! Invariant: an engine's token is used once: what it was good for is over when the engine has ended.
+//! Told to stop, it leaves between two documents; one that does not end within the grace is cut off, and has an attempt counted.
+//!
+//! Invariant: a token with which the nodes were joined is not used again: what it was good for is over when this node's engine has ended.
 
+use std::io;
 use std::path::PathBuf;
-use std::process::Stdio;
-use std::time::Duration;
+use std::process::{ExitStatus, Stdio};
+use std::time::{Duration, Instant};
 
-use tokio::process::Command;
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
+use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use tracing::{info, warn};
 
 use super::place::TOKEN_VARIABLE;
 use super::run::model;
-use super::serve::{engines, load};
+use super::serve::{engines, load, open_store};
 use super::{CliError, Status, runtime};
 use crate::config::{Config, GroupConfig, NodesConfig};
 use crate::pipeline::shutdown::{self, Phase, Shutdown};
-use crate::store::{self, Access, Store};
+use crate::store::{Access, Store};
 
 /// Between two looks whether the first node waits.
-const LOOK: Duration = Duration::from_secs(1);
+const LOOK: Duration = Duration::from_millis(500);
+/// Pause after an engine that ended before the nodes were joined: it may end so every time.
+const AGAIN: Duration = Duration::from_secs(5);
 
 /// Arguments of `apbd node`.
 #[derive(Debug, clap::Args)]
@@ -48,8 +54,9 @@ impl Args {
         runtime()?.block_on(async {
             let told = |phase: Phase| info!(node.phase = ?phase, "told to stop");
             shutdown::on_signals(handle, told).map_err(|error| CliError::Internal(format!("signals: {error}")))?;
-            let store = store::open(&config.database, Access::Client, config.work.retry).await?;
-            follow(&*store, &nodes.address, &program, &shutdown).await;
+            let Some(store) = open_store(&config, Access::Client, &shutdown).await? else { return Ok(Status::Done) };
+            let place = Place { address: &nodes.address, program: &program, grace: config.work.grace };
+            place.follow(&*store, &shutdown).await;
             store.close().await;
             Ok(Status::Done)
         })
@@ -78,28 +85,70 @@ impl Args {
     }
 }
 
-/// Has an engine at work whenever the first node waits for one.
-async fn follow(store: &dyn Store, address: &str, program: &[String], shutdown: &Shutdown) {
-    let mut used = None;
-    info!(node.hub = address, "waiting for the first node");
-    loop {
-        match store.meeting_look(address).await {
-            Ok(Some(token)) if used.as_ref() != Some(&token) => {
-                tokio::select! {
-                    () = shutdown.draining() => return,
-                    () = work(program, &token) => {}
-                    // Its engine is deep in something that nobody wants any more; it is killed with this.
-                    () = begun_anew(store, address, &token) => warn!("the engine is ended: the first node's has begun anew"),
+/// Where this node works, and with what.
+struct Place<'a> {
+    address: &'a str,
+    program: &'a [String],
+    /// How long a document may take to its end once this node is told to stop.
+    grace: Duration,
+}
+
+impl Place<'_> {
+    /// Has an engine at work whenever the first node waits for one, until told to stop.
+    async fn follow(&self, store: &dyn Store, shutdown: &Shutdown) {
+        let mut last: Option<Tried> = None;
+        info!(node.hub = self.address, "waiting for the first node");
+        while shutdown.phase() == Phase::Working {
+            match store.meeting_look(self.address).await {
+                Ok(Some(token)) if last.as_ref().is_none_or(|last| last.allows(&token)) => {
+                    let has_joined = self.work(store, &token, shutdown).await;
+                    last = Some(Tried { token, again_at: (!has_joined).then(|| Instant::now() + AGAIN) });
                 }
-                used = Some(token);
+                Ok(_) => {}
+                Err(error) => warn!(error.message = %error, "the database does not say where to meet"),
             }
-            Ok(_) => {}
-            Err(error) => warn!(error.message = %error, "the database does not say where to meet"),
+            tokio::select! {
+                () = shutdown.draining() => {}
+                () = tokio::time::sleep(LOOK) => {}
+            }
         }
-        tokio::select! {
-            () = shutdown.draining() => return,
-            () = tokio::time::sleep(LOOK) => {}
-        }
+    }
+
+    /// Runs an engine to its end. Whether the nodes were joined.
+    async fn work(&self, store: &dyn Store, token: &str, shutdown: &Shutdown) -> bool {
+        let mut engine = match Engine::start(self.program, token) {
+            Ok(engine) => engine,
+            Err(error) => {
+                warn!(error.message = %error, program = self.program[0], "the engine could not be started");
+                return false;
+            }
+        };
+        info!(engine.pid = engine.process.id(), "the engine is started");
+        let pid = engine.process.id();
+        let has_joined = tokio::select! {
+            has_joined = engine.run(self.grace, shutdown) => has_joined,
+            () = begun_anew(store, self.address, token) => {
+                // It is deep in something that nobody wants any more.
+                warn!(engine.pid = pid, "the engine is ended: the first node's has begun anew");
+                true
+            }
+        };
+        // The next one needs its memory. Of one that has ended there is nothing to kill.
+        let _ = engine.process.kill().await;
+        has_joined
+    }
+}
+
+/// A token that an engine was started with.
+struct Tried {
+    token: String,
+    /// When another may be; never where the nodes were joined.
+    again_at: Option<Instant>,
+}
+
+impl Tried {
+    fn allows(&self, token: &str) -> bool {
+        self.token != token || self.again_at.is_some_and(|at| Instant::now() >= at)
     }
 }
 
@@ -116,28 +165,75 @@ async fn begun_anew(store: &dyn Store, address: &str, token: &str) {
     }
 }
 
-/// Runs an engine to its end.
-async fn work(program: &[String], token: &str) {
-    let started = Command::new(&program[0])
-        .args(&program[1..])
-        .env(TOKEN_VARIABLE, token)
-        // It ends when this process does.
-        .stdin(Stdio::piped())
-        .stdout(Stdio::null())
-        .kill_on_drop(true)
-        .spawn();
-    match started {
-        Ok(mut engine) => {
-            info!(engine.pid = engine.id(), "the engine is started");
-            let input = engine.stdin.take();
-            let ended = engine.wait().await;
-            drop(input);
-            match ended {
-                Ok(status) if status.success() => info!("the first node has no more to do"),
-                Ok(status) => warn!(engine.status = %status, "the engine ended; the first node's is started anew"),
-                Err(error) => warn!(error.message = %error, "the engine's end is not known"),
-            }
+/// This node's engine, at one time of the group; killed when dropped.
+struct Engine {
+    process: Child,
+    /// It ends when this is closed.
+    input: ChildStdin,
+    /// It says a word when all nodes have come.
+    output: Lines<BufReader<ChildStdout>>,
+}
+
+impl Engine {
+    fn start(program: &[String], token: &str) -> io::Result<Self> {
+        let mut process = Command::new(&program[0])
+            .args(&program[1..])
+            .env(TOKEN_VARIABLE, token)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            // A Ctrl-C for this process is not one for the engine: it leaves between two documents.
+            .process_group(0)
+            .kill_on_drop(true)
+            .spawn()?;
+        let no_pipe = || io::Error::other("it has no pipe");
+        let input = process.stdin.take().ok_or_else(no_pipe)?;
+        let output = BufReader::new(process.stdout.take().ok_or_else(no_pipe)?).lines();
+        Ok(Self { process, input, output })
+    }
+
+    /// Waits for its end, or has it end when told to stop. Whether the nodes were joined.
+    async fn run(&mut self, grace: Duration, shutdown: &Shutdown) -> bool {
+        let has_joined = tokio::select! {
+            word = self.output.next_line() => word.is_ok_and(|word| word.is_some()),
+            () = shutdown.draining() => false,
+        };
+        if has_joined {
+            info!(engine.pid = self.process.id(), "the nodes are joined");
         }
-        Err(error) => warn!(error.message = %error, program = program[0], "the engine could not be started"),
+        let pid = self.process.id();
+        tokio::select! {
+            ended = self.process.wait() => say_end(pid, &ended, has_joined),
+            // Nobody counts on it yet if the nodes are not joined.
+            () = shutdown.draining() => if has_joined { self.leave(grace, shutdown).await },
+        }
+        has_joined
+    }
+
+    /// Has it leave between two documents.
+    async fn leave(&mut self, grace: Duration, shutdown: &Shutdown) {
+        let pid = self.process.id();
+        info!(
+            engine.pid = pid,
+            node.grace_s = grace.as_secs(),
+            "the engine is to leave after the document that it is at"
+        );
+        // One that does not listen has ended.
+        let _ = self.input.write_all(b"leave\n").await;
+        tokio::select! {
+            _ = self.process.wait() => info!(engine.pid = pid, "the engine has left"),
+            () = tokio::time::sleep(grace) => warn!(engine.pid = pid, "the engine is ended in the middle of a document"),
+            () = shutdown.stopping() => warn!(engine.pid = pid, "the engine is ended at once"),
+        }
+    }
+}
+
+fn say_end(pid: Option<u32>, ended: &io::Result<ExitStatus>, has_joined: bool) {
+    match ended {
+        Ok(status) if status.success() => info!(engine.pid = pid, "the first node has no more to do"),
+        Ok(status) if has_joined => {
+            warn!(engine.pid = pid, engine.status = %status, "the engine ended; the next one is started when the first node waits again");
+        }
+        Ok(status) => warn!(engine.pid = pid, engine.status = %status, "the engine ended before the nodes were joined"),
+        Err(error) => warn!(engine.pid = pid, error.message = %error, "the engine's end is not known"),
     }
 }

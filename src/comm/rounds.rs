@@ -140,7 +140,20 @@ impl Rounds {
 
     /// Waits until every rank has come to a round and returns what they brought, by rank.
     pub(super) fn take(&self, round: u64, rank: usize, op: &'static str) -> Result<Vec<Deposit>, CommError> {
+        self.take_meanwhile(round, rank, op, Duration::MAX, || {})
+    }
+
+    /// As [`Rounds::take`]; `meanwhile` is called every so often while others are waited for, with nothing locked.
+    pub(super) fn take_meanwhile(
+        &self,
+        round: u64,
+        rank: usize,
+        op: &'static str,
+        every: Duration,
+        meanwhile: impl Fn(),
+    ) -> Result<Vec<Deposit>, CommError> {
         let until = Instant::now() + self.deadline;
+        let mut called = Instant::now();
         let mut state = self.lock();
         loop {
             if let Some(result) = state.poll(round, rank) {
@@ -154,7 +167,13 @@ impl Rounds {
                 self.wake_all();
                 return Err(state.fail(rank, error));
             };
-            state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            state = self.changed.wait_timeout(state, left.min(every)).unwrap_or_else(PoisonError::into_inner).0;
+            if called.elapsed() >= every {
+                drop(state);
+                meanwhile();
+                called = Instant::now();
+                state = self.lock();
+            }
         }
     }
 

@@ -165,6 +165,10 @@ impl Devices for CudaDevices {
         Memory::Each((free as u64).saturating_sub(UNCOUNTED_BYTES))
     }
 
+    fn are_joined_once(&self) -> bool {
+        self.place.is_some()
+    }
+
     fn connect(&self) -> Result<Connected<Self>, EngineError> {
         let backends: Vec<_> = self.backends().cloned().collect();
         let deadlines = Deadlines { start: START_DEADLINE, collective: PEER_DEADLINE };

@@ -59,6 +59,8 @@ pub trait Devices: Send + Sync + 'static {
     fn scratch_bytes(&self, spec: &ModelSpec) -> u64;
     /// What there is now.
     fn memory(&self) -> Memory;
+    /// Whether they can be joined once only: other nodes come to one process, with the token that it was started with.
+    fn are_joined_once(&self) -> bool;
     /// Joins the ranks.
     fn connect(&self) -> Result<Connected<Self>, EngineError>;
     /// The weights as the `index`-th rank of this process uses them.

@@ -17,7 +17,7 @@ use super::conversation::{self, Driver, Outcome, Timing};
 use super::devices::{Connected, Devices, Memory};
 use super::lead::Submission;
 use super::rank::Rank;
-use super::ranks::{Work, follow_first_node, pass_rows, serve};
+use super::ranks::{Following, Work, follow_first_node, pass_rows, serve};
 use super::schedule::{Limits, Needs};
 
 /// The part of the memory that stays free where several sequences share it.
@@ -81,16 +81,17 @@ impl<D: Devices> Model<D> {
         backends.iter().zip(comms).enumerate().map(rank).collect()
     }
 
-    /// Does what the first node decides, until it has no more to do. Blocks.
-    pub fn follow(&self, limits: &Limits) -> Result<(), EngineError> {
+    /// Does what the first node decides, until it has no more to do or this one leaves. Blocks.
+    pub fn follow(&self, limits: &Limits, terms: &Following<'_>) -> Result<(), EngineError> {
         let Connected { members, side } = self.devices.connect()?;
         let Some(Side::Other(told)) = side else {
             return Err(EngineError::Input {
                 reason: "this node is the first of its group, or the only one".to_owned(),
             });
         };
+        (terms.joined)();
         let (backends, comms): (Vec<_>, Vec<_>) = members.into_iter().unzip();
-        follow_first_node(self.ranks(&backends, comms), told, pass_rows(limits))
+        follow_first_node(self.ranks(&backends, comms), told, pass_rows(limits), terms.leaves)
     }
 }
 
@@ -139,6 +140,15 @@ impl Group {
     /// Whether it can still be submitted to.
     pub fn is_alive(&self) -> bool {
         self.ending.result.lock().unwrap_or_else(PoisonError::into_inner).is_none()
+    }
+
+    /// How it has ended, if it has.
+    pub fn ending(&self) -> Option<String> {
+        match self.ending.result.lock().unwrap_or_else(PoisonError::into_inner).as_ref()? {
+            Ok(()) => Some("it was closed".to_owned()),
+            Err(EngineError::Device { reason } | EngineError::Unavailable { reason }) => Some(reason.clone()),
+            Err(error) => Some(error.to_string()),
+        }
     }
 
     /// Bytes that its sequences have taken.
@@ -204,6 +214,7 @@ impl Door {
                 EngineError::Memory { tokens: job.context.len(), needed_bytes, available_bytes }
             }
             error if had_begun => error,
+            error @ EngineError::Unavailable { .. } => error,
             // It is none of the jobs that the engine failed on.
             error => EngineError::Unavailable { reason: error.to_string() },
         })

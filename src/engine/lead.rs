@@ -4,7 +4,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, TryRecvError};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError};
 use std::time::{Duration, Instant};
 
 use crate::backend::{Backend, BackendError};
@@ -18,6 +18,9 @@ use super::member::Member;
 use super::rank::{Rank, RankError};
 use super::schedule::{Needs, Schedule, Step};
 use super::{EngineError, Progress};
+
+/// How often a root without work looks whether the other ranks are still there: one that is gone must not be noticed by the next job first.
+const LOOK: Duration = Duration::from_millis(250);
 
 /// A job and the way to its caller.
 pub(super) struct Submission {
@@ -68,7 +71,9 @@ impl<'r, 'a, B: Backend, C: Comm<B::Matrix, B::Scores>> Leader<'r, 'a, B, C> {
 
     /// Works until nobody can submit any more and all sequences have ended.
     pub fn lead(mut self, inbox: &Receiver<Submission>) -> Result<(), RankError> {
-        while self.take_submissions(inbox) {
+        while self.take_submissions(inbox)? {
+            // Of a plan for fewer ranks than there are this one may need nothing of the others for the whole of a long context.
+            self.rank.comm.check()?;
             self.end_cancelled()?;
             let budget = (self.budget)(self.schedule.used_bytes());
             match self.schedule.next(budget) {
@@ -84,16 +89,27 @@ impl<'r, 'a, B: Backend, C: Comm<B::Matrix, B::Scores>> Leader<'r, 'a, B, C> {
     }
 
     /// Takes all that has come, and waits for something if there is nothing to do; `false` if nothing will come and nothing is left.
-    fn take_submissions(&mut self, inbox: &Receiver<Submission>) -> bool {
+    fn take_submissions(&mut self, inbox: &Receiver<Submission>) -> Result<bool, RankError> {
         loop {
             let came = match self.schedule.is_empty() {
-                true => inbox.recv().map_err(|_| TryRecvError::Disconnected),
+                true => self.wait(inbox)?.ok_or(TryRecvError::Disconnected),
                 false => inbox.try_recv(),
             };
             match came {
                 Ok(submission) => self.add(submission),
-                Err(TryRecvError::Empty) => return true,
-                Err(TryRecvError::Disconnected) => return !self.schedule.is_empty(),
+                Err(TryRecvError::Empty) => return Ok(true),
+                Err(TryRecvError::Disconnected) => return Ok(!self.schedule.is_empty()),
+            }
+        }
+    }
+
+    /// Waits for something to do; nothing if nobody can submit any more. A communicator that ends meanwhile is an error.
+    fn wait(&self, inbox: &Receiver<Submission>) -> Result<Option<Submission>, RankError> {
+        loop {
+            match inbox.recv_timeout(LOOK) {
+                Ok(submission) => return Ok(Some(submission)),
+                Err(RecvTimeoutError::Disconnected) => return Ok(None),
+                Err(RecvTimeoutError::Timeout) => self.rank.comm.check()?,
             }
         }
     }

@@ -121,6 +121,10 @@ impl Devices for CpuDevices {
         }
     }
 
+    fn are_joined_once(&self) -> bool {
+        self.place.is_some()
+    }
+
     fn connect(&self) -> Result<Connected<Self>, EngineError> {
         let failed = |reason: String| EngineError::Device { reason };
         let (ends, side) = match &self.place {

@@ -35,7 +35,7 @@ pub use cuda::{CudaDevices, CudaEngine, CudaEngineOptions};
 pub use local::{CpuDevices, LocalEngine, LocalOptions};
 pub use open::OpenError;
 pub use rank::{Rank, RankError};
-pub use ranks::run;
+pub use ranks::{Following, run};
 pub use service::{MAX_HOSTS, ModelEngine};
 
 use serde::{Deserialize, Serialize};
@@ -191,6 +191,10 @@ pub trait Engine: Send + Sync {
     ) -> Result<PrefillPlan, EngineError>;
     /// The memory that a plan with so many generated tokens needs; absent where nobody counts.
     fn demand(&self, _plan: &PrefillPlan, _new_tokens: usize) -> Option<Demand> {
+        None
+    }
+    /// Why it can do nothing any more, if that is so: whoever runs it has to replace it.
+    fn over(&self) -> Option<String> {
         None
     }
     /// Runs one request to its end.

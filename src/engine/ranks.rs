@@ -2,13 +2,15 @@
 //!
 //! Invariant: no thread outlives the call; a rank that fails or panics aborts the communicator, so that no other waits for it.
 
+use std::collections::HashSet;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::{Builder, ScopedJoinHandle, scope};
 use std::time::Duration;
 
 use crate::backend::{Backend, BackendError};
-use crate::comm::hub::{Orders, Side, Told};
+use crate::comm::hub::{Heard, Orders, Side, Told};
 use crate::comm::{Comm, CommError};
 use crate::plan::{PrefillPlan, QUERY_CHUNK};
 
@@ -32,6 +34,17 @@ pub(super) struct Work<'a> {
     pub side: Option<Side>,
 }
 
+/// What another node than the first is asked, and says, beside what the first decides.
+pub struct Following<'a> {
+    /// Called once, when all nodes have come.
+    pub joined: &'a dyn Fn(),
+    /// Set when this node is to leave: it does so between two documents.
+    pub leaves: &'a AtomicBool,
+}
+
+/// What the first node is told of one that leaves.
+const LEAVES: &str = "its node was told to stop";
+
 /// Runs a group on the ranks of this process, the root among them, which are given in order. Blocks until every one of them has ended.
 pub(super) fn serve<B, C>(ranks: Vec<Rank<'_, B, C>>, mut work: Work<'_>) -> Result<(), EngineError>
 where
@@ -44,7 +57,7 @@ where
         followers.push(sender);
         orders.push(Some(receiver));
     }
-    let rows = pass_rows(&work.limits);
+    let (rows, never) = (pass_rows(&work.limits), AtomicBool::new(false));
     // Kept until the last of the ranks has ended: the others meet at it.
     let mut side = work.side.take();
     let nodes = match &mut side {
@@ -68,7 +81,8 @@ where
                 Some((work, followers)) => builder.spawn_scoped(scope, move || lead(&rank, work, followers)),
                 None => {
                     let orders = orders.get_mut(index.wrapping_sub(1)).and_then(Option::take);
-                    builder.spawn_scoped(scope, move || follow(&rank, orders, rows))
+                    let never = &never;
+                    builder.spawn_scoped(scope, move || follow(&rank, orders, rows, never))
                 }
             });
         }
@@ -91,31 +105,34 @@ fn pass_on(node: &Orders, commands: &Receiver<Arc<Command>>) -> Result<(), RankE
     Ok(())
 }
 
-/// Runs the ranks of another node than the first, which are given in order, on what the first decides. Blocks until that has no more to do.
-pub(super) fn follow_first_node<B, C>(ranks: Vec<Rank<'_, B, C>>, told: Told, rows: usize) -> Result<(), EngineError>
+/// Runs the ranks of another node than the first, which are given in order, on what the first decides. Blocks until that has no more to do, or until
+/// there is no document in them and this node `leaves`.
+pub(super) fn follow_first_node<B, C>(
+    ranks: Vec<Rank<'_, B, C>>,
+    mut told: Told,
+    rows: usize,
+    leaves: &AtomicBool,
+) -> Result<(), EngineError>
 where
     B: Backend,
     C: Comm<B::Matrix, B::Scores>,
 {
-    let mut unheard = None;
+    let (mut unheard, has_left) = (None, AtomicBool::new(false));
     let outcomes = scope(|scope| {
         let (mut threads, mut followers) = (Vec::with_capacity(ranks.len()), Vec::with_capacity(ranks.len()));
         for rank in ranks {
             let (sender, orders) = channel();
             followers.push(sender);
             let builder = Builder::new().name(format!("apbd-rank-{}", rank.comm.rank()));
-            threads.push(builder.spawn_scoped(scope, move || follow(&rank, Some(orders), rows)));
+            let has_left = &has_left;
+            threads.push(builder.spawn_scoped(scope, move || follow(&rank, Some(orders), rows, has_left)));
         }
-        for order in told {
-            match serde_json::from_value::<Command>(order).map(Arc::new) {
-                // One that went away has aborted the communicator, or is about to.
-                Ok(command) => followers.iter().for_each(|follower| drop(follower.send(command.clone()))),
-                Err(error) => {
-                    unheard = Some(format!("what the first node wants is not understood: {error}"));
-                    break;
-                }
-            }
-        }
+        unheard = obey_first_node(&mut told, &followers, || {
+            let is_asked = leaves.load(Ordering::Relaxed);
+            has_left.store(is_asked, Ordering::Relaxed);
+            is_asked
+        })
+        .err();
         drop(followers);
         threads.into_iter().map(join).collect::<Vec<_>>()
     });
@@ -123,6 +140,32 @@ where
         Some(reason) => Err(EngineError::Device { reason }),
         None => settle(outcomes),
     }
+}
+
+/// Passes what the first node decides on to the ranks, until that has no more to do; or, while there is no document in them, until `leaves` says so.
+fn obey_first_node(
+    told: &mut Told,
+    followers: &[Sender<Arc<Command>>],
+    leaves: impl Fn() -> bool,
+) -> Result<(), String> {
+    let mut open = HashSet::new();
+    while let Some(heard) = told.hear() {
+        if let Heard::Order(order) = heard {
+            let command = serde_json::from_value::<Command>(order).map(Arc::new);
+            let command = command.map_err(|error| format!("what the first node wants is not understood: {error}"))?;
+            match &*command {
+                Command::Begin { sequence, .. } => open.insert(*sequence),
+                Command::End { sequence } => open.remove(sequence),
+                Command::Layer { .. } | Command::Append { .. } => false,
+            };
+            // One that went away has aborted the communicator, or is about to.
+            followers.iter().for_each(|follower| drop(follower.send(command.clone())));
+        }
+        if open.is_empty() && leaves() {
+            break;
+        }
+    }
+    Ok(())
 }
 
 /// Runs one job on ranks of its own, given in order. Blocks until every rank has ended.
@@ -189,7 +232,12 @@ where
     })
 }
 
-fn follow<B, C>(rank: &Rank<'_, B, C>, orders: Option<Receiver<Arc<Command>>>, rows: usize) -> Result<(), RankError>
+fn follow<B, C>(
+    rank: &Rank<'_, B, C>,
+    orders: Option<Receiver<Arc<Command>>>,
+    rows: usize,
+    has_left: &AtomicBool,
+) -> Result<(), RankError>
 where
     B: Backend,
     C: Comm<B::Matrix, B::Scores>,
@@ -199,6 +247,10 @@ where
         let mut member = Member::new(rank, rows)?;
         rank.comm.barrier()?;
         orders.iter().try_for_each(|command| member.obey(&command))?;
+        if has_left.load(Ordering::Relaxed) {
+            rank.comm.abort(LEAVES);
+            return Ok(());
+        }
         // Nobody leaves before every rank has obeyed the last command; and whoever only waited for the next one hears of a failure.
         Ok(rank.comm.barrier()?)
     })
@@ -230,6 +282,11 @@ impl Drop for AbortOnPanic<'_> {
             (self.abort)();
         }
     }
+}
+
+/// Whether the communicator ended because a node was told to stop.
+fn is_farewell(error: &CommError) -> bool {
+    matches!(error, CommError::Aborted { reason, .. } if reason == LEAVES)
 }
 
 enum Failure {
@@ -265,6 +322,10 @@ fn settle(outcomes: Vec<Result<(), Failure>>) -> Result<(), EngineError> {
     match worst {
         None => Ok(()),
         Some(Failure::Thread(reason)) => Err(EngineError::Device { reason }),
+        // Nothing has failed: whatever was begun can be done as it stands by the engine that follows.
+        Some(Failure::Rank(RankError::Comm(left @ CommError::Aborted { .. }))) if is_farewell(&left) => {
+            Err(EngineError::Unavailable { reason: left.to_string() })
+        }
         // Admission let it pass, the device did not: all that is known is what was missing.
         Some(Failure::Rank(RankError::Backend(BackendError::OutOfMemory { bytes, .. }))) => {
             Err(EngineError::Memory { tokens: 0, needed_bytes: bytes as u64, available_bytes: 0 })

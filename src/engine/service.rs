@@ -17,7 +17,7 @@ use super::command::Job;
 use super::conversation::{Driver, Timing};
 use super::devices::{Devices, Memory};
 use super::group::{Door, Group, Model};
-use super::ranks;
+use super::ranks::{self, Following};
 use super::schedule::{Limits, Needs};
 use super::{Demand, Engine, EngineError, EngineInfo, InferOutcome, InferRequest, Observer, Progress};
 
@@ -74,8 +74,8 @@ impl<D: Devices> ModelEngine<D> {
     }
 
     /// On another node than the first: does what that decides, until it has no more to do. Blocks.
-    pub fn follow(&self) -> Result<(), EngineError> {
-        self.model.follow(&self.limits())
+    pub fn follow(&self, terms: &Following<'_>) -> Result<(), EngineError> {
+        self.model.follow(&self.limits(), terms)
     }
 
     /// The way to a group that is alive.
@@ -84,9 +84,17 @@ impl<D: Devices> ModelEngine<D> {
         if let Some(alive) = group.as_ref().filter(|group| group.is_alive()) {
             return Ok(alive.door());
         }
+        if let Some(reason) = self.over_of(group.as_ref()) {
+            return Err(EngineError::Unavailable { reason });
+        }
         // Its threads have ended, and are joined before the devices are used again.
         *group = None;
         Ok(group.insert(Group::start(&self.model, self.limits())?).door())
+    }
+
+    /// Why no group will follow this one, if it has ended and its other nodes will not come again.
+    fn over_of(&self, group: Option<&Group>) -> Option<String> {
+        if self.devices().are_joined_once() { group?.ending() } else { None }
     }
 
     fn limits(&self) -> Limits {
@@ -195,6 +203,10 @@ impl<D: Devices> Engine for ModelEngine<D> {
             transient_bytes: needs.transient_bytes,
             available_bytes: self.model.memory(used).saturating_sub(self.model.fixed_bytes(&self.limits())),
         })
+    }
+
+    fn over(&self) -> Option<String> {
+        self.over_of(self.group.lock().unwrap_or_else(PoisonError::into_inner).as_ref())
     }
 
     fn plan(

@@ -1,9 +1,9 @@
 //! The engine's process: asks come in and answers go out over the socket it has as its standard input.
 //!
 //! Requests run side by side, as many as the engine takes at a time, each on a thread of its own; what is more waits in the order in which it
-//! came. Plans have another thread, so that none waits behind an inference.
+//! came. Plans have another thread, so that none waits behind an inference. None of the threads is joined: all end with the process.
 //!
-//! Invariant: when the daemon is gone the process ends, whatever it was at.
+//! Invariant: when the daemon is gone the process ends, whatever it was at, loading its model or waiting for other nodes included.
 
 use std::collections::HashMap;
 use std::io;
@@ -14,12 +14,15 @@ use std::process;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread;
+use std::time::Duration;
 
 use super::wire::{self, Answer, Ask};
 use crate::engine::{Engine, EngineError, InferOutcome, InferRequest};
 
 /// Requests at a time, whatever an engine says of itself.
 const AT_ONCE: usize = 1024;
+/// How often an engine is asked whether it is over.
+const LOOK: Duration = Duration::from_millis(250);
 
 /// A request and what its caller may want of it later.
 struct Request {
@@ -28,18 +31,26 @@ struct Request {
     cancelled: Arc<AtomicBool>,
 }
 
+/// Requests that have not ended, by their ids, and whether they are cancelled.
+#[derive(Clone, Default)]
+struct Open(Arc<Mutex<HashMap<u64, Arc<AtomicBool>>>>);
+
 /// What the threads of the process share.
 struct Desk {
     engine: Arc<dyn Engine>,
     answers: Mutex<UnixStream>,
-    /// Requests that have not ended.
-    open: Mutex<HashMap<u64, Arc<AtomicBool>>>,
+    open: Open,
 }
 
 /// Serves `open`'s engine until the daemon closes the socket.
 pub fn serve(open: impl FnOnce() -> Result<Arc<dyn Engine>, String>) -> io::Result<()> {
     let socket = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     let mut answers = socket.try_clone()?;
+    let (requests, waiting) = mpsc::channel();
+    let (plans, planned) = mpsc::channel();
+    let requested = Open::default();
+    let ear = requested.clone();
+    named("apbd-asks").spawn(move || ear.listen(socket, &requests, &plans))?;
     let engine = match open() {
         Ok(engine) => engine,
         Err(reason) => return wire::write(&mut answers, &Answer::Unusable { reason }),
@@ -47,36 +58,34 @@ pub fn serve(open: impl FnOnce() -> Result<Arc<dyn Engine>, String>) -> io::Resu
     let info = engine.info();
     let at_once = info.concurrency.clamp(1, AT_ONCE);
     wire::write(&mut answers, &Answer::Ready { info })?;
-    let desk = Desk { engine, answers: Mutex::new(answers), open: Mutex::default() };
-    let (requests, waiting) = mpsc::channel();
-    let (plans, planned) = mpsc::channel();
-    let waiting = Mutex::new(waiting);
-    thread::scope(|scope| {
-        // Dropped where a thread could not be started, so that the others end.
-        let (requests, plans) = (requests, plans);
-        for number in 0..at_once {
-            let name = format!("apbd-request-{number}");
-            thread::Builder::new().name(name).spawn_scoped(scope, || desk.infer_all(&waiting))?;
-        }
-        let desk = &desk;
-        thread::Builder::new().name("apbd-plans".to_owned()).spawn_scoped(scope, move || desk.plan_all(&planned))?;
-        desk.listen(socket, &requests, &plans)
-    })
+    let desk = Arc::new(Desk { engine, answers: Mutex::new(answers), open: requested });
+    let waiting = Arc::new(Mutex::new(waiting));
+    for number in 0..at_once {
+        let (desk, waiting) = (desk.clone(), waiting.clone());
+        named(&format!("apbd-request-{number}")).spawn(move || desk.infer_all(&waiting))?;
+    }
+    let planner = desk.clone();
+    named("apbd-plans").spawn(move || planner.plan_all(&planned))?;
+    desk.watch()
 }
 
-impl Desk {
+fn named(name: &str) -> thread::Builder {
+    thread::Builder::new().name(name.to_owned())
+}
+
+impl Open {
     /// Reads asks and passes them on; a cancel takes effect at once. Ends with the process.
     fn listen(&self, mut socket: UnixStream, requests: &mpsc::Sender<Request>, plans: &mpsc::Sender<Ask>) -> ! {
         loop {
             match wire::read::<Ask>(&mut socket) {
                 Ok(Some(Ask::Cancel { id })) => {
-                    if let Some(cancelled) = self.open().get(&id) {
+                    if let Some(cancelled) = self.all().get(&id) {
                         cancelled.store(true, Ordering::Relaxed);
                     }
                 }
                 Ok(Some(Ask::Infer { id, request })) => {
                     let cancelled = Arc::new(AtomicBool::new(false));
-                    self.open().insert(id, cancelled.clone());
+                    self.all().insert(id, cancelled.clone());
                     // Its takers live as long as this thread.
                     let _ = requests.send(Request { id, request, cancelled });
                 }
@@ -89,6 +98,24 @@ impl Desk {
         }
     }
 
+    fn all(&self) -> MutexGuard<'_, HashMap<u64, Arc<AtomicBool>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Desk {
+    /// Tells once that the engine is over. Ends with the process.
+    fn watch(&self) -> ! {
+        let mut is_told = false;
+        loop {
+            thread::sleep(LOOK);
+            if let Some(reason) = self.engine.over().filter(|_| !is_told) {
+                self.answer(&Answer::Over { reason });
+                is_told = true;
+            }
+        }
+    }
+
     /// Runs requests, one after the other.
     fn infer_all(&self, waiting: &Mutex<mpsc::Receiver<Request>>) {
         loop {
@@ -96,7 +123,7 @@ impl Desk {
             let next = waiting.lock().unwrap_or_else(PoisonError::into_inner).recv();
             let Ok(Request { id, request, cancelled }) = next else { return };
             let result = self.infer(id, &request, &cancelled);
-            self.open().remove(&id);
+            self.open.all().remove(&id);
             self.answer(&Answer::Done { id, result: result.map(Box::new) });
         }
     }
@@ -129,10 +156,6 @@ impl Desk {
             // A daemon that is not there any more wants nothing.
             process::exit(0);
         }
-    }
-
-    fn open(&self) -> MutexGuard<'_, HashMap<u64, Arc<AtomicBool>>> {
-        self.open.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -134,8 +134,8 @@ enum Ending {
     Answered(Result<Box<InferOutcome>, EngineError>),
     /// The child has failed, or is given up; `is_mine`: surely by this request's doing.
     Failed { kind: &'static str, error: EngineError, is_mine: bool },
-    /// The child did not hear of it.
-    Unheard,
+    /// The child has not begun it, or had to leave it through nobody's fault, and will do nothing any more.
+    Untouched { reason: String },
 }
 
 /// A request's place among the others, from its coming to its end.
@@ -184,7 +184,7 @@ impl<'a> Seat<'a> {
     fn run(&self, process: &Process, request: &InferRequest, observer: Observer<'_>) -> Ending {
         let call = process.call(self.id);
         if !process.say(&Ask::Infer { id: self.id, request: Box::new(request.clone()) }) {
-            return Ending::Unheard;
+            return Ending::Untouched { reason: "it does not listen".to_owned() };
         }
         let mut watch = Watch::new(self, process);
         let mut last = Progress::Prefill { layers_done: 0, layers: 0 };
@@ -249,6 +249,8 @@ impl<'a> Watch<'a> {
             (Err(error @ EngineError::Crashed { .. }), _) => Ending::Failed { kind: "crashed", error, is_mine: true },
             // A poisoned device fails whoever comes next to it.
             (Err(error @ EngineError::Device { .. }), _) => Ending::Failed { kind: "device", error, is_mine: false },
+            // Something ended before this request was begun: another one, or another node. Or that node was told to stop.
+            (Err(EngineError::Unavailable { reason }), _) => Ending::Untouched { reason },
             (Err(EngineError::Cancelled), Some((_, stood_still))) => {
                 Ending::Answered(Err(EngineError::Hung { seconds: stood_still.as_secs() }))
             }
@@ -297,7 +299,7 @@ impl<'a> Watch<'a> {
 impl Supervisor {
     fn infer(&self, request: &InferRequest, observer: Observer<'_>) -> Result<InferOutcome, EngineError> {
         let seat = Seat::take(self, request);
-        let mut was_unheard = false;
+        let mut was_untouched = false;
         loop {
             let process = seat.turn(observer)?;
             match seat.run(&process, request, observer) {
@@ -323,11 +325,11 @@ impl Supervisor {
                     }
                 }
                 // A child may have died since the last request: that is not this one's doing.
-                Ending::Unheard => {
+                Ending::Untouched { reason } => {
                     self.state().flights.set_running(seat.id, false);
-                    self.give_up(&process, "died_idle", "it does not listen", None);
-                    if std::mem::replace(&mut was_unheard, true) {
-                        return Err(EngineError::Unavailable { reason: "it does not listen".to_owned() });
+                    self.give_up(&process, "died_idle", &reason, None);
+                    if std::mem::replace(&mut was_untouched, true) {
+                        return Err(EngineError::Unavailable { reason });
                     }
                 }
             }

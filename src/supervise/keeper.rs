@@ -18,8 +18,8 @@ const LOOK: Duration = Duration::from_millis(250);
 pub(super) fn keep(supervisor: &Arc<Supervisor>) {
     let mut not_before = Instant::now();
     while !supervisor.stop.load(Ordering::Relaxed) {
-        if let Some(process) = idle_and_ended(supervisor) {
-            supervisor.give_up(&process, "died_idle", "it ended while it was idle", None);
+        if let Some((process, reason)) = idle_and_ended(supervisor) {
+            supervisor.give_up(&process, "died_idle", &reason, None);
         }
         let state = supervisor.state();
         let closed = state.breaker.open_for(Instant::now());
@@ -35,10 +35,13 @@ pub(super) fn keep(supervisor: &Arc<Supervisor>) {
     }
 }
 
-/// A child that ended with nobody in it who would notice.
-fn idle_and_ended(supervisor: &Supervisor) -> Option<Arc<Process>> {
+/// A child that ended, or can do nothing any more, with nobody in it who would notice; and what there is to say of it.
+fn idle_and_ended(supervisor: &Supervisor) -> Option<(Arc<Process>, String)> {
     let state = supervisor.state();
-    state.process().filter(|process| state.flights.running() == 0 && process.has_ended()).cloned()
+    let process = state.process().filter(|_| state.flights.running() == 0)?;
+    let ended = || process.has_ended().then(|| "it ended while it was idle".to_owned());
+    let reason = process.over().map(|reason| format!("while it was idle: {reason}")).or_else(ended)?;
+    Some((process.clone(), reason))
 }
 
 fn start(supervisor: &Supervisor) {

@@ -41,6 +41,8 @@ struct Callers {
     waiting: HashMap<u64, Sender<Answer>>,
     /// Why nothing comes any more.
     ended: Option<String>,
+    /// Why it can do nothing any more, by its own word.
+    over: Option<String>,
     /// When the process last gave a sign of life, or was last idle.
     heard_at: Instant,
 }
@@ -102,7 +104,7 @@ impl Process {
             .process_group(0)
             .spawn()?;
         let waiting = HashMap::from([(GREETING, greetings)]);
-        let board = Arc::new(Board(Mutex::new(Callers { waiting, ended: None, heard_at: Instant::now() })));
+        let board = Arc::new(Board(Mutex::new(Callers { waiting, ended: None, over: None, heard_at: Instant::now() })));
         let mut process = Self {
             id: child.id(),
             child: Mutex::new(child),
@@ -147,6 +149,11 @@ impl Process {
     /// Whether nothing comes from it any more.
     pub fn has_ended(&self) -> bool {
         self.board.callers().ended.is_some()
+    }
+
+    /// Why it can do nothing any more, if it has said so.
+    pub fn over(&self) -> Option<String> {
+        self.board.callers().over.clone()
     }
 
     /// How it ended; a process that closed its socket, or says what is not understood, is made to.
@@ -217,6 +224,10 @@ impl Board {
     fn pass_on(&self, answer: Answer) {
         let mut callers = self.callers();
         callers.heard_at = Instant::now();
+        if let Answer::Over { reason } = answer {
+            callers.over = Some(reason);
+            return;
+        }
         // Whoever gave up has no place any more.
         if let Some(caller) = callers.waiting.get(&answer.id().unwrap_or(GREETING)) {
             let _ = caller.send(answer);

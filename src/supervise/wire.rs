@@ -34,6 +34,8 @@ pub enum Answer {
     Ready { info: EngineInfo },
     /// The model cannot be loaded; the process ends.
     Unusable { reason: String },
+    /// It can do nothing any more, and is to be replaced.
+    Over { reason: String },
     /// A request goes on.
     Progress { id: u64, progress: Progress },
     /// The end of a request.
@@ -46,7 +48,7 @@ impl Answer {
     /// The request that it is about.
     pub fn id(&self) -> Option<u64> {
         match self {
-            Self::Ready { .. } | Self::Unusable { .. } => None,
+            Self::Ready { .. } | Self::Unusable { .. } | Self::Over { .. } => None,
             Self::Progress { id, .. } | Self::Done { id, .. } | Self::Planned { id, .. } => Some(*id),
         }
     }

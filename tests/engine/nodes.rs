@@ -59,7 +59,7 @@ impl Group {
     fn followers(&self, model: &str, ranks: usize) -> Followers {
         let start = |node| {
             let mut command = self.apbd("engine", model, node);
-            command.args(["--ranks", &ranks.to_string()]).stdin(Stdio::piped()).spawn().unwrap()
+            command.args(["--ranks", &ranks.to_string()]).stdin(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap()
         };
         Followers::of((1..self.nodes).map(start).collect())
     }
@@ -144,5 +144,21 @@ fn the_death_of_a_node_in_mid_prefill_ends_the_others_at_once() {
     assert_eq!(ended.status.code(), Some(70), "{said}");
     assert!(said.contains("rank 1 aborted: the connection to its node was lost"), "{said}");
     assert!(!followers.0[1].wait().unwrap().success(), "the third node did not notice");
+    assert!(death.elapsed() < Duration::from_secs(60), "{:?}", death.elapsed());
+}
+
+#[test]
+fn a_node_that_a_plan_does_not_need_is_missed_after_a_layer_and_not_after_all() {
+    let group = Group::new(2, 60);
+    let mut followers = group.followers(SHIPPED_MODEL, 1);
+    // Read by the first node alone: a minute and a half on one idle core, an eighth of it a layer.
+    let mut first = group.first(SHIPPED_MODEL, 40_000, &["--attention", "full"]);
+    std::thread::sleep(Duration::from_secs(5));
+    assert!(first.try_wait().unwrap().is_none(), "it was over before a node could die");
+    let death = Instant::now();
+    followers.0[0].kill().unwrap();
+    let ended = first.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&ended.stderr).into_owned();
+    assert!(said.contains("rank 1 aborted: the connection to its node was lost"), "{said}");
     assert!(death.elapsed() < Duration::from_secs(60), "{:?}", death.elapsed());
 }

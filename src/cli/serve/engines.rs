@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use tokio::runtime::Handle;
+use tracing::info;
 use uuid::Uuid;
 
 use crate::cli::CliError;
@@ -20,7 +21,7 @@ pub(super) fn groups(config: &EngineConfig, model: &Path, store: &Arc<dyn Store>
         let options = EngineOptions {
             group: group.name.clone(),
             program: program(config, group, model)?,
-            prepare: group.nodes.as_ref().map(|nodes| announced(nodes, config, store)),
+            prepare: group.nodes.as_ref().map(|nodes| announced(&group.name, nodes, config, store)),
             start_within: config.start_within,
             silence_floor: config.silence_floor,
             silence_factor: config.silence_factor,
@@ -31,14 +32,20 @@ pub(super) fn groups(config: &EngineConfig, model: &Path, store: &Arc<dyn Store>
 }
 
 /// Every start of the engine on the first of several nodes says where it waits for the others, and has a token of its own.
-fn announced(nodes: &NodesConfig, config: &EngineConfig, store: &Arc<dyn Store>) -> Prepare {
-    let (nodes, store, runtime) = (nodes.clone(), store.clone(), Handle::current());
+fn announced(group: &str, nodes: &NodesConfig, config: &EngineConfig, store: &Arc<dyn Store>) -> Prepare {
+    let (group, nodes, store, runtime) = (group.to_owned(), nodes.clone(), store.clone(), Handle::current());
     let valid_for = config.start_within.max(nodes.within);
     Prepare(Arc::new(move || {
         let token = Uuid::new_v4().simple().to_string();
         runtime
             .block_on(store.meeting_say(&nodes.address, &token, valid_for))
             .map_err(|error| format!("the other nodes could not be told where to meet: {error}"))?;
+        info!(
+            engine.group = group,
+            engine.nodes = nodes.count,
+            node.hub = nodes.address,
+            "the other nodes are waited for"
+        );
         Ok(Prepared { arguments: place(&nodes, 0), environment: vec![(TOKEN_VARIABLE.to_owned(), token)] })
     }))
 }

@@ -105,7 +105,7 @@ async fn serve(config: Config, model: PathBuf, stores: Vec<ObjectClient>, shutdo
         .map_err(|error| CliError::Unavailable(format!("[http] listen {}: {error}", config.listen)))?;
     let over = CancellationToken::new();
     let answering = tokio::spawn(http::serve(listener, health.clone(), over.clone().cancelled_owned()));
-    let Some(store) = open_store(&config, &shutdown).await? else { return Ok(()) };
+    let Some(store) = open_store(&config, Access::Worker, &shutdown).await? else { return Ok(()) };
     let daemon = Daemon { config, stores, store, health, start };
     let ended = daemon.run(&model, shutdown).await;
     over.cancel();
@@ -116,10 +116,14 @@ async fn serve(config: Config, model: PathBuf, stores: Vec<ObjectClient>, shutdo
 }
 
 /// Waits for the database; nothing if told to stop before.
-async fn open_store(config: &Config, shutdown: &Shutdown) -> Result<Option<Arc<dyn Store>>, CliError> {
+pub(super) async fn open_store(
+    config: &Config,
+    access: Access,
+    shutdown: &Shutdown,
+) -> Result<Option<Arc<dyn Store>>, CliError> {
     let deadline = tokio::time::Instant::now() + START_WITHIN;
     loop {
-        match store::open(&config.database, Access::Worker, config.work.retry).await {
+        match store::open(&config.database, access, config.work.retry).await {
             Ok(store) => return Ok(Some(store)),
             Err(error) if error.is_transient() && tokio::time::Instant::now() < deadline => {
                 warn!(error.message = %error, "waiting for the database");
@@ -146,7 +150,11 @@ struct Daemon {
 impl Daemon {
     async fn run(&self, model: &Path, shutdown: Shutdown) -> Result<(), CliError> {
         let (observed, observations) = learned::channel();
-        let engine = self.start_engines(model, observed).await?;
+        let engine = tokio::select! {
+            started = self.start_engines(model, observed) => started?,
+            // Its processes end with this one, whether they load a model or wait for other nodes.
+            () = shutdown.draining() => return Ok(()),
+        };
         engine.learn(&self.store.cost_learned(&engine.info().model_digest).await?);
         let names: Vec<&str> = self.config.engine.groups.iter().map(|group| group.name.as_str()).collect();
         let ahead = self.config.work.ahead.unwrap_or(engine.info().concurrency / AHEAD_PART).max(1);

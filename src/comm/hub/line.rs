@@ -216,25 +216,27 @@ impl State {
 /// What a node is told to do, in the order in which the first node decides it.
 pub struct Told(TcpStream);
 
+/// What a node hears of the first one.
+pub enum Heard {
+    /// The next order.
+    Order(serde_json::Value),
+    /// It is still there; every two seconds at least something is heard.
+    Beat,
+}
+
 impl Told {
     /// Takes a node's seat.
     pub fn open(place: &Place, size: usize) -> Result<Self, CommError> {
         let refused = |reason: String| CommError::Device { op: "rendezvous", reason };
         Ok(Self(sit_down(place, Seat::Node(place.node), size).map_err(refused)?.0))
     }
-}
 
-impl Iterator for Told {
-    type Item = serde_json::Value;
-
-    /// The next order; none when the first node has no more, or is gone.
-    fn next(&mut self) -> Option<serde_json::Value> {
-        loop {
-            match wire::read::<Tell>(&mut self.0) {
-                Ok((Tell::Order { order }, _)) => return Some(order),
-                Ok((Tell::Beat, _)) => {}
-                _ => return None,
-            }
+    /// The next word; none when the first node has no more orders, or is gone.
+    pub fn hear(&mut self) -> Option<Heard> {
+        match wire::read::<Tell>(&mut self.0) {
+            Ok((Tell::Order { order }, _)) => Some(Heard::Order(order)),
+            Ok((Tell::Beat, _)) => Some(Heard::Beat),
+            _ => None,
         }
     }
 }
@@ -268,6 +270,8 @@ fn reach(place: &Place, until: Instant) -> Result<TcpStream, String> {
             let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
             for address in addresses {
                 match TcpStream::connect_timeout(&address, SILENCE.min(place.start)) {
+                    // Of a port of this machine that nobody listens on, one may become the other side oneself.
+                    Ok(stream) if stream.local_addr()? == stream.peer_addr()? => {}
                     Ok(stream) => return Ok(stream),
                     Err(error) => last = error,
                 }

@@ -14,7 +14,7 @@ use std::thread;
 use std::time::Duration;
 
 pub(super) use line::Line;
-pub use line::Told;
+pub use line::{Heard, Told};
 pub use server::{Hub, Orders};
 
 use super::CommError;

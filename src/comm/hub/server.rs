@@ -254,10 +254,15 @@ fn tell(stream: &Mutex<TcpStream>, rank: usize, rounds: &Rounds, awaited: &Recei
     let say = |tell: &Tell, rows: &[&[f32]]| {
         wire::write(&mut *stream.lock().unwrap_or_else(PoisonError::into_inner), tell, rows).is_ok()
     };
+    // That it is not heard is noticed by what is said next.
+    let still_here = || {
+        let _ = say(&Tell::Beat, &[]);
+    };
     let (mut is_over, mut said) = (false, Instant::now());
     loop {
         let heard = match awaited.recv_timeout(LOOK) {
-            Ok((round, op)) => match rounds.take(round, rank, op) {
+            // Others may be a layer behind for longer than silence is borne: the rank that waits for them still hears of the hub.
+            Ok((round, op)) => match rounds.take_meanwhile(round, rank, op, BEAT, still_here) {
                 Ok(deposits) => {
                     let (deposits, rows) = wire::brought(&deposits);
                     say(&Tell::Taken { round, deposits }, &rows)

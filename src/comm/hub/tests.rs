@@ -1,11 +1,15 @@
 //! Ranks of several nodes, here as threads that know nothing of each other but the hub's address, pass the conformance suite; and what only a
 //! network can do wrong.
 
-use std::net::TcpListener;
+use std::iter;
+use std::net::{TcpListener, TcpStream};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use super::{Orders, Place, Side};
+use super::wire::{self, Say, Seat, Tell};
+use super::{BEAT, Heard, Orders, Place, SILENCE, Side};
+use crate::comm::CommError;
+use crate::comm::call::Call;
 use crate::comm::conformance::{self, PATIENT};
 use crate::comm::local::LocalComm;
 use crate::comm::local::tests::Ends;
@@ -89,7 +93,13 @@ fn orders_come_as_they_were_given_and_end_with_the_hub() {
     let second = at(&first, 1);
     std::thread::scope(|scope| {
         let node = scope.spawn(|| match LocalComm::group_at(&second, 1, PATIENT).unwrap() {
-            (_ends, Side::Other(told)) => told.collect::<Vec<_>>(),
+            (_ends, Side::Other(mut told)) => {
+                let orders = iter::from_fn(|| told.hear()).filter_map(|heard| match heard {
+                    Heard::Order(order) => Some(order),
+                    Heard::Beat => None,
+                });
+                orders.collect::<Vec<_>>()
+            }
             _ => panic!("the second node is not the first"),
         });
         let (_ends, Side::First(mut hub)) = LocalComm::group_at(&first, 1, PATIENT).unwrap() else {
@@ -101,5 +111,34 @@ fn orders_come_as_they_were_given_and_end_with_the_hub() {
         drop(orders);
         let told = node.join().unwrap();
         assert_eq!(told.iter().map(|order| order["step"].as_u64().unwrap()).collect::<Vec<_>>(), [0, 1, 2]);
+    });
+}
+
+#[test]
+fn a_rank_that_waits_for_others_hears_of_the_hub_meanwhile() {
+    let first = place(2, PATIENT);
+    std::thread::scope(|scope| {
+        let node = scope.spawn(|| {
+            let sit = |seat| {
+                let mut stream = (0..500).find_map(|_| {
+                    std::thread::sleep(Duration::from_millis(10));
+                    TcpStream::connect(&first.address).ok()
+                });
+                let stream = stream.as_mut().unwrap();
+                let hello = Say::Hello { token: first.token.clone(), seat, size: 2 };
+                wire::write(stream, &hello, &[]).unwrap();
+                stream.try_clone().unwrap()
+            };
+            let (mut rank, _orders) = (sit(Seat::Rank(1)), sit(Seat::Node(1)));
+            assert!(matches!(wire::read(&mut rank).unwrap().0, Tell::Welcome { .. }));
+            // It comes to a round to which the first node does not come.
+            let (call, asked) = (Call::Barrier, Instant::now());
+            wire::write(&mut rank, &Say::Deposit { round: 0, call, value: 0, awaited: true }, &[]).unwrap();
+            assert!(matches!(wire::read(&mut rank).unwrap().0, Tell::Beat));
+            asked.elapsed()
+        });
+        let (_ends, _side) = LocalComm::group_at(&first, 1, PATIENT).unwrap();
+        let waited = node.join().unwrap();
+        assert!(waited >= BEAT && waited < SILENCE, "{waited:?}");
     });
 }
