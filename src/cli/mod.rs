@@ -20,6 +20,7 @@ pub mod jobs;
 pub mod migrate;
 pub mod node;
 mod place;
+pub mod read_pdf;
 pub mod replay;
 pub mod report;
 pub mod run;
@@ -62,6 +63,9 @@ pub enum Command {
     /// The engine's own process; started by `serve`.
     #[command(hide = true)]
     Engine(engine::Args),
+    /// The process that reads one PDF document; started for each.
+    #[command(hide = true)]
+    ReadPdf(read_pdf::Args),
     /// List jobs.
     Jobs(jobs::Args),
     /// Show everything about a job.
@@ -94,6 +98,7 @@ impl Command {
             Self::Submit(args) => args.execute(),
             Self::Node(args) => args.execute(),
             Self::Engine(args) => args.execute(),
+            Self::ReadPdf(args) => args.execute(),
             Self::Jobs(args) => args.execute(),
             Self::Show(args) => args.execute(),
             Self::Cancel(args) => args.execute(),

@@ -18,6 +18,8 @@ pub enum MediaType {
     Html,
     /// A Word document.
     Docx,
+    /// `application/pdf`
+    Pdf,
 }
 
 /// What a Word document is called in a `Content-Type`.
@@ -31,6 +33,7 @@ impl MediaType {
             Self::Markdown => "text/markdown",
             Self::Html => "text/html",
             Self::Docx => DOCX,
+            Self::Pdf => "application/pdf",
         }
     }
 }
@@ -51,11 +54,11 @@ pub const EXTENSIONS: &[(&str, MediaType)] = &[
     ("htm", MediaType::Html),
     ("xhtml", MediaType::Html),
     ("docx", MediaType::Docx),
+    ("pdf", MediaType::Pdf),
 ];
 
 /// Kinds of file that are often taken for documents and cannot be read here, by their first bytes.
 const OTHERS: &[(&[u8], &str)] = &[
-    (b"%PDF-", "a PDF document"),
     (b"%!PS", "a PostScript document"),
     (b"{\\rtf", "an RTF document"),
     (b"PK\x03\x04", "a ZIP archive or an office document other than DOCX"),
@@ -87,6 +90,7 @@ pub fn by_name(content_type: &str) -> Result<Option<MediaType>, &str> {
         "text/markdown" | "text/x-markdown" => Ok(Some(MediaType::Markdown)),
         "text/html" | "application/xhtml+xml" => Ok(Some(MediaType::Html)),
         DOCX => Ok(Some(MediaType::Docx)),
+        "application/pdf" | "application/x-pdf" => Ok(Some(MediaType::Pdf)),
         _ => Err(name),
     }
 }
@@ -148,7 +152,8 @@ mod tests {
     fn content_types_are_read_with_their_parameters() {
         assert_eq!(by_name("Text/HTML; charset=utf-8"), Ok(Some(MediaType::Html)));
         assert_eq!(by_name("application/octet-stream"), Ok(None));
-        assert_eq!(by_name("application/pdf"), Err("application/pdf"));
+        assert_eq!(by_name("application/pdf"), Ok(Some(MediaType::Pdf)));
+        assert_eq!(by_name("application/rtf"), Err("application/rtf"));
         assert_eq!(charset_of("text/html; charset=\"ISO-8859-5\""), Some(encoding_rs::ISO_8859_5));
         assert_eq!(charset_of("text/html"), None);
     }

@@ -104,6 +104,8 @@ error_codes! {
     MediaTypeUnsupported = "media_type_unsupported", Input, Fail;
     /// The document breaks the rules of its own format.
     DocumentCorrupt = "document_corrupt", Input, Fail;
+    /// The document opens with a password only.
+    DocumentEncrypted = "document_encrypted", Input, Fail;
     /// The document, or what it unpacks to, has more bytes than allowed.
     DocumentTooLarge = "document_too_large", Input, Fail;
     /// The document's bytes are not those the job pinned, or changed while they were read.

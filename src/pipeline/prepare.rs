@@ -152,9 +152,11 @@ fn name(uri: &DocumentUri) -> String {
 
 fn code(error: &DecodeError) -> ErrorCode {
     match error {
-        DecodeError::Empty { .. } => ErrorCode::DocumentEmpty,
+        DecodeError::Empty { .. } | DecodeError::NoTextLayer { .. } => ErrorCode::DocumentEmpty,
         DecodeError::NotText { .. } => ErrorCode::DocumentNotText,
         DecodeError::Unsupported { .. } => ErrorCode::MediaTypeUnsupported,
         DecodeError::Malformed { .. } => ErrorCode::DocumentCorrupt,
+        DecodeError::Encrypted => ErrorCode::DocumentEncrypted,
+        DecodeError::Reader { .. } => ErrorCode::Internal,
     }
 }

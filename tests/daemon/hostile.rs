@@ -181,13 +181,15 @@ async fn hostile_messages_are_dead_letters_with_a_row_each() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn hostile_documents_are_read_or_refused_and_nothing_else_suffers() {
-    use ErrorCode::{DocumentEmpty, DocumentNotText, DocumentTooLarge, LocationNotAllowed, MediaTypeUnsupported};
+    use ErrorCode::{
+        DocumentCorrupt, DocumentEmpty, DocumentNotText, DocumentTooLarge, LocationNotAllowed, MediaTypeUnsupported,
+    };
     let mut target = Target::new().await;
     let binary: Vec<u8> = (0..200_000_u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
     let refused: [(&str, Vec<u8>, ErrorCode); 8] = [
         ("bomb.zip", [&b"PK\x03\x04"[..], &[0; 5000]].concat(), MediaTypeUnsupported),
         ("bomb.docx", [&b"PK\x03\x04"[..], &[0; 5000]].concat(), MediaTypeUnsupported),
-        ("bomb.pdf", b"%PDF-1.7\n1 0 obj <</Length 99999999999>> stream".to_vec(), MediaTypeUnsupported),
+        ("bomb.pdf", b"%PDF-1.7\n1 0 obj <</Length 99999999999>> stream".to_vec(), DocumentCorrupt),
         ("bomb.txt", [&b"\x1f\x8b\x08"[..], &[0; 5000]].concat(), MediaTypeUnsupported),
         ("nothing.txt", Vec::new(), DocumentEmpty),
         ("blank.txt", b" \n\t\r\n ".to_vec(), DocumentEmpty),

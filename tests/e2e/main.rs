@@ -1,6 +1,7 @@
 //! `apbd run` as a user meets it: a process, the fixture model, real documents, a database that survives whatever happens.
 
 mod eval;
+mod pdf;
 mod run;
 
 use std::collections::BTreeMap;

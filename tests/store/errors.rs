@@ -37,6 +37,7 @@ fn promised(code: ErrorCode) -> (ErrorClass, Fate) {
         ErrorCode::DocumentNotText => (Input, fails),
         ErrorCode::MediaTypeUnsupported => (Input, fails),
         ErrorCode::DocumentCorrupt => (Input, fails),
+        ErrorCode::DocumentEncrypted => (Input, fails),
         ErrorCode::DocumentTooLarge => (Input, fails),
         ErrorCode::SourceChanged => (Input, fails),
         ErrorCode::TemplateUnknown => (Input, fails),

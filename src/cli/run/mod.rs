@@ -42,7 +42,7 @@ const GRACE: Duration = Duration::from_secs(5);
 /// Arguments of `apbd run`.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Files, and folders in which documents (text, Markdown, HTML, DOCX) are looked for.
+    /// Files, and folders in which documents (text, Markdown, HTML, DOCX, PDF) are looked for.
     #[arg(required = true, value_name = "PATH")]
     paths: Vec<PathBuf>,
     #[command(flatten)]

@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 
 use super::wire::{self, Say, Seat, Tell};
 use super::{BEAT, Heard, Orders, Place, SILENCE, Side};
-use crate::comm::CommError;
 use crate::comm::call::Call;
 use crate::comm::conformance::{self, PATIENT};
 use crate::comm::local::LocalComm;
