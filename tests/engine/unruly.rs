@@ -89,7 +89,11 @@ impl Unruly {
     }
 
     fn call<T>(&self, kind: Kind, work: impl FnOnce(&LocalComm) -> Result<T, CommError>) -> Result<T, CommError> {
-        let outcome = self.meet(kind).and_then(|()| work(&self.inner));
+        self.heard(self.meet(kind).and_then(|()| work(&self.inner)))
+    }
+
+    /// Notes that this rank has heard of a failure, if it has.
+    fn heard<T>(&self, outcome: Result<T, CommError>) -> Result<T, CommError> {
         if outcome.is_err() {
             self.failed.store(true, Ordering::SeqCst);
         }
@@ -135,7 +139,7 @@ impl Comm<Matrix, Scores> for Unruly {
         self.call(Kind::Barrier, Comm::<Matrix, Scores>::barrier)
     }
     fn check(&self) -> Result<(), CommError> {
-        Comm::<Matrix, Scores>::check(&self.inner)
+        self.heard(Comm::<Matrix, Scores>::check(&self.inner))
     }
     fn abort(&self, reason: &str) {
         Comm::<Matrix, Scores>::abort(&self.inner, reason);
