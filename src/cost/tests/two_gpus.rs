@@ -108,7 +108,7 @@ fn two_gpus_take_as_long_as_one_lets_expect() {
         let cost = model.prefill(&plan, 2);
         let off = cost.seconds / row.seconds - 1.0;
         let most = (0..2).map(|rank| model.memory_of_rank(&plan, rank, 2, 1)).max().unwrap_or(0);
-        let gib = (most + model.shape.weight_bytes() - unlike_now(&row)) as f64 / f64::from(1 << 30);
+        let gib = (most + model.shape.weight_bytes() - unlike_now(row)) as f64 / f64::from(1 << 30);
         let what = format!("{:?} {} hosts {} {:?}", row.attention, row.tokens, row.hosts, row.placement);
         println!(
             "{what}: predicted {:.3} s, measured {:.3}, {:+.1} %; {gib:.2} GiB, measured {}",
