@@ -5,7 +5,7 @@
 
 Takes as many GPUs as the machine has. Each part is a list of runs; each run writes one JSON file, and a file that is there is not made again, so that a part
 that was cut off goes on where it was. `--budget SECONDS` ends it before that: no run is begun that may not come to its end. `--list` shows the runs.
-`summary` writes all figures to summary.json.
+`summary` writes all figures to summary.json; plot.py draws them.
 """
 import argparse
 import json
