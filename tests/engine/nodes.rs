@@ -12,6 +12,8 @@ use tempfile::TempDir;
 const MODEL: &str = "fixtures/goldens/llama-3.1";
 /// Long enough for a process to be killed in the middle of it.
 const SHIPPED_MODEL: &str = "fixtures/model";
+/// The reason when the second of the nodes, each with one rank, was killed.
+const LOST: &str = "rank 1 aborted: the connection to its node was lost";
 
 /// Nodes of a group, by number; killed with the test. Their standard inputs are kept open: a node ends with it.
 struct Followers(Vec<Child>, Vec<ChildStdin>);
@@ -83,6 +85,14 @@ fn logits(output: &Output) -> Vec<f64> {
     result["last_logits"].as_array().unwrap().iter().map(|logit| logit.as_f64().unwrap()).collect()
 }
 
+/// Waits for the end of a first node, which has to be a fault of apbd with this reason.
+fn fails(first: Child, reason: &str) {
+    let ended = first.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!(ended.status.code(), Some(70), "{said}");
+    assert!(said.contains(reason), "{said}");
+}
+
 #[test]
 fn processes_that_meet_at_a_hub_give_what_one_process_gives() {
     let strategies: [&[&str]; 4] = [
@@ -109,10 +119,7 @@ fn processes_that_meet_at_a_hub_give_what_one_process_gives() {
 #[test]
 fn a_node_that_never_comes_is_named_within_the_deadline() {
     let (group, start) = (Group::new(2, 2), Instant::now());
-    let ended = group.first(MODEL, 50, &[]).wait_with_output().unwrap();
-    let said = String::from_utf8_lossy(&ended.stderr);
-    assert_eq!(ended.status.code(), Some(70), "{said}");
-    assert!(said.contains("of 2 nodes number 1 did not come within 2 s"), "{said}");
+    fails(group.first(MODEL, 50, &[]), "of 2 nodes number 1 did not come within 2 s");
     assert!(start.elapsed() < Duration::from_secs(60), "{:?}", start.elapsed());
 }
 
@@ -139,10 +146,7 @@ fn the_death_of_a_node_in_mid_prefill_ends_the_others_at_once() {
     assert!(first.try_wait().unwrap().is_none(), "it was over before a node could die");
     let death = Instant::now();
     followers.0[0].kill().unwrap();
-    let ended = first.wait_with_output().unwrap();
-    let said = String::from_utf8_lossy(&ended.stderr).into_owned();
-    assert_eq!(ended.status.code(), Some(70), "{said}");
-    assert!(said.contains("rank 1 aborted: the connection to its node was lost"), "{said}");
+    fails(first, LOST);
     assert!(!followers.0[1].wait().unwrap().success(), "the third node did not notice");
     assert!(death.elapsed() < Duration::from_secs(60), "{:?}", death.elapsed());
 }
@@ -157,8 +161,6 @@ fn a_node_that_a_plan_does_not_need_is_missed_after_a_layer_and_not_after_all() 
     assert!(first.try_wait().unwrap().is_none(), "it was over before a node could die");
     let death = Instant::now();
     followers.0[0].kill().unwrap();
-    let ended = first.wait_with_output().unwrap();
-    let said = String::from_utf8_lossy(&ended.stderr).into_owned();
-    assert!(said.contains("rank 1 aborted: the connection to its node was lost"), "{said}");
+    fails(first, LOST);
     assert!(death.elapsed() < Duration::from_secs(60), "{:?}", death.elapsed());
 }
