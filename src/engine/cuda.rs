@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use crate::backend::HeadShape;
-use crate::backend::cuda::{Cuda, CudaOptions, ScratchShape, in_ring_order};
+use crate::backend::cuda::{Cuda, CudaOptions, ELEMENT_BYTES, ScratchShape, in_ring_order};
 use crate::comm::hub::Place;
 use crate::comm::nccl::{Deadlines, NcclComm};
 use crate::comm::solo::SoloComm;
@@ -146,7 +146,7 @@ impl Devices for CudaDevices {
     }
 
     fn element_bytes(&self) -> usize {
-        size_of::<half::bf16>()
+        ELEMENT_BYTES
     }
 
     fn kept_row_bytes(&self, shape: HeadShape) -> usize {

@@ -52,6 +52,9 @@ const RESERVED_BYTES: usize = 768 << 20;
 /// What the profile calls the time in which the device has nothing to compute until a collective has come.
 pub const WAITING: &str = "communication";
 
+/// Bytes of an element of an activation: a bf16.
+pub const ELEMENT_BYTES: usize = size_of::<half::bf16>();
+
 /// How to use a device.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct CudaOptions {
@@ -81,7 +84,7 @@ impl KvCacheType {
     /// Bytes of `elements` elements in heads of `head_dim`.
     pub fn bytes(self, elements: usize, head_dim: usize) -> usize {
         match self {
-            Self::Bf16 => 2 * elements,
+            Self::Bf16 => ELEMENT_BYTES * elements,
             Self::Fp8 => elements + elements / head_dim,
         }
     }
