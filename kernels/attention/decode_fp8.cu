@@ -2,8 +2,8 @@
 //
 // The tensor cores multiply halves, which hold every code exactly. A row's scale is no part of its elements: that of a key multiplies its scores, that of a
 // value its weights. Queries are scaled by a power of two into the range of halves, and so are weights: `reference` is the largest exponent of the values'
-// scales so far. Each lane copies what it multiplies itself: since the order of dimensions in a dot product is free, a lane takes 16 successive codes of
-// a key (lane / 4 of eight); and since the order of output columns is, successive codes of four values (two pairs of neighbours).
+// scales so far. Tiles come whole and in order, since all rows of a head lie together. Of them a lane reads 16 successive codes of a key (lane / 4 of eight),
+// as the order of dimensions in a dot product is free, and successive codes of four values (two pairs of neighbours), as the order of output columns is.
 #include <attention/cursor.cuh>
 #include <attention/softmax.cuh>
 #include <attention/sources.h>
@@ -19,16 +19,11 @@ static constexpr int STAGES = 3;
 // The power of two next below, as bits; of what is not finite infinity.
 DEVICE uint32_t exponent_of(float value) { return float_to_bits(value) & 0x7f800000u; }
 
-template <int BYTES>
-DEVICE void copy_async_bytes(void* to, const void* from, bool valid) {
-    if constexpr (BYTES == 16) copy_async16(to, from, valid);
-    else copy_async8(to, from, valid);
-}
-
-// A warp's ring of tiles: codes in the order of the lanes that multiply them, and scales.
+// A warp's ring of tiles: rows of codes, cut into pieces of 16 that are permuted within their row so that lanes read different banks; and scales.
 template <int HD>
 struct Fp8Tiles {
-    static constexpr int KEY_PIECES = HD / 64;     // 16 codes each, of every key a lane has
+    static constexpr int PIECES = HD / 16;         // of a row
+    static constexpr int KEY_PIECES = HD / 64;     // of every key a lane has
     static constexpr int VALUE_BYTES = HD / 8;     // of every value a lane has
     static constexpr int CODES = KEYS * HD;
     static constexpr int SCALES = KEYS + 16;       // a tile's exponents, from a word's first byte on
@@ -37,10 +32,19 @@ struct Fp8Tiles {
 
     uint8_t* stages;
 
+    // Where a piece lies that is one of keys, read by four lanes for each of two neighbours at a time; or of values, by two lanes for each of four pairs.
+    DEVICE static int place_of_key(int row, int piece) { return (row * PIECES + (piece ^ row % 2 * (PIECES / 2))) * 16; }
+    DEVICE static int place_of_value(int row, int piece) { return (row * PIECES + (piece ^ row / 2 * 2 % PIECES)) * 16; }
+
     DEVICE const uint8_t* codes_of_key(int stage, int block, int piece) const {
-        return stages + stage * STAGE + (block * KEY_PIECES + piece) * 512 + threadIdx.x % 32 * 16;
+        const int lane = threadIdx.x % 32;
+        return stages + stage * STAGE + place_of_key(block * 8 + lane / 4, piece * 4 + lane % 4);
     }
-    DEVICE const uint8_t* codes_of_value(int stage, int i) const { return stages + stage * STAGE + CODES + (i * 32 + threadIdx.x % 32) * VALUE_BYTES; }
+    // As the weights of 16 keys lie in an operand: two neighbours, and those eight further on.
+    DEVICE const uint8_t* codes_of_value(int stage, int step, int i) const {
+        const int lane = threadIdx.x % 32, row = step * 16 + lane % 4 * 2 + i / 2 * 8 + i % 2, byte = lane / 4 * VALUE_BYTES;
+        return stages + stage * STAGE + CODES + place_of_value(row, byte / 16) + byte % 16;
+    }
     DEVICE const uint8_t* key_scales(int stage) const { return stages + stage * STAGE + 2 * CODES; }
     DEVICE const uint8_t* value_scales(int stage) const { return key_scales(stage) + SCALES; }
 
@@ -72,29 +76,13 @@ struct Fp8Tiles {
 
     // Rows from `valid` on become 0.
     DEVICE void copy(int stage, const uint8_t* keys, const uint8_t* values, int valid) const {
-        const int lane = threadIdx.x % 32;
-        const bool whole = valid >= KEYS;  // as it mostly is: then all addresses are one and a constant
-        keys += lane / 4 * HD + lane % 4 * 16;
-        values += lane % 4 * 2 * HD + lane / 4 * VALUE_BYTES;
-        if (whole) copy_rows<true>(stage, keys, values, valid);
-        else copy_rows<false>(stage, keys, values, valid);
-    }
-    template <bool WHOLE>
-    DEVICE void copy_rows(int stage, const uint8_t* keys, const uint8_t* values, int valid) const {
+        uint8_t* to = stages + stage * STAGE;
 #pragma unroll
-        for (int block = 0; block < KEYS / 8; ++block) {
-            const bool inside = WHOLE || block * 8 + int(threadIdx.x % 32 / 4) < valid;
-#pragma unroll
-            for (int piece = 0; piece < KEY_PIECES; ++piece)
-                copy_async16(const_cast<uint8_t*>(codes_of_key(stage, block, piece)), inside ? keys + block * 8 * HD + piece * 64 : stages, inside);
-        }
-        // As the weights of 16 keys lie in an operand: two neighbours, and those eight further on.
-#pragma unroll
-        for (int i = 0; i < KEYS / 4; ++i) {
-            constexpr int STEP[4] = {0, 1, 8, 9};
-            const int after = i / 4 * 16 + STEP[i % 4];
-            const bool inside = WHOLE || int(threadIdx.x % 4 * 2) + after < valid;
-            copy_async_bytes<VALUE_BYTES>(const_cast<uint8_t*>(codes_of_value(stage, i)), inside ? values + after * HD : stages, inside);
+        for (int i = 0; i < CODES / 512; ++i) {
+            const int at = i * 32 + threadIdx.x % 32, row = at / PIECES, piece = at % PIECES;
+            const bool inside = row < valid;
+            copy_async16(to + place_of_key(row, piece), keys + (inside ? at * 16 : 0), inside);
+            copy_async16(to + CODES + place_of_value(row, piece), values + (inside ? at * 16 : 0), inside);
         }
     }
 };
@@ -221,7 +209,7 @@ struct DecodeFp8 {
             for (int i = 0; i < 4; ++i) a[i] = pack_half(weights[8 * step + 2 * i], weights[8 * step + 2 * i + 1]);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const uint8_t* from = tiles.codes_of_value(stage, step * 4 + i);
+                const uint8_t* from = tiles.codes_of_value(stage, step, i);
                 if constexpr (RUN == 16) {
                     const Codes16 sixteen = *reinterpret_cast<const Codes16*>(from);
 #pragma unroll

@@ -11,10 +11,6 @@ DEVICE uint32_t shared_address(const void* pointer) { return uint32_t(__cvta_gen
 DEVICE void copy_async16(void* to, const void* from, bool valid) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
-// The same of 8 bytes.
-DEVICE void copy_async8(void* to, const void* from, bool valid) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 8 : 0) : "memory");
-}
 // The same of 4 bytes.
 DEVICE void copy_async4(void* to, const void* from, bool valid) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 4 : 0) : "memory");

@@ -60,7 +60,7 @@ pub struct Network {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Link {
-    /// Microseconds until the first byte of a collective's step arrives.
+    /// Microseconds from when a collective could begin until its first byte arrives, its launch included.
     pub latency_us: f64,
     /// GB/s in one direction.
     pub gb_s: f64,
@@ -81,9 +81,9 @@ pub enum CalibrationError {
 
 impl Calibration {
     /// An H100 80GB HBM3. The rates are those of the stages of one prefill (Llama-3.1-8B shape, APB with 8 hosts, 128K tokens), of causal attention over 128K
-    /// tokens alone, of a copy, and of one token at 128K (`kernels/README.md` has the figures); how far other prefills are off is held by a test. The
-    /// link within a node is what the exchanges of Ulysses reach between two H200, which have the same NVLink; that between nodes is not measured: one
-    /// adapter of 400 Gbit/s a device has 50 GB/s.
+    /// tokens alone, of a copy, and of a step of one token at 128K, in FP8 of two (`kernels/README.md` has the figures); how far other prefills and steps are
+    /// off is held by tests. The link within a node is what the exchanges of Ulysses reach between two H200, which have the same NVLink, and the time until
+    /// its first byte what the partial results of a token took there; that between nodes is not measured: one adapter of 400 Gbit/s a device has 50 GB/s.
     pub fn h100() -> Self {
         Self {
             device: "NVIDIA H100 80GB HBM3".to_owned(),
@@ -97,12 +97,12 @@ impl Calibration {
                 segments_tflops: 603.0,
                 memory_gb_s: 2700.0,
                 decode_gb_s: 2968.0,
-                decode_fp8_gb_s: 690.0,
+                decode_fp8_gb_s: 2800.0,
                 layer_us: 27.0,
             },
             network: Network {
                 gpus_per_node: 8,
-                within: Link { latency_us: 10.0, gb_s: 225.0, measured: true },
+                within: Link { latency_us: 26.0, gb_s: 225.0, measured: true },
                 between: Link { latency_us: 20.0, gb_s: 45.0, measured: false },
             },
         }

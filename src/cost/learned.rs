@@ -12,9 +12,9 @@ pub const MEMORY: u32 = 50;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Work {
-    /// The context's pass through all layers.
+    /// Context and query through all layers, until the first token can be chosen.
     Prefill,
-    /// The query's pass and the generated tokens.
+    /// The generated tokens.
     Generate,
 }
 

@@ -38,10 +38,8 @@ pub struct CostModel {
 /// One document from its first layer to its last token, on ranks that do nothing else.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct DocumentCost {
-    /// Seconds of the context's pass through all layers.
+    /// Seconds of context and query through all layers, until the first token can be chosen.
     pub prefill_s: f64,
-    /// Seconds of the query's pass, which ends with the first token.
-    pub query_s: f64,
     /// Seconds of each further token.
     pub token_s: f64,
     /// Tokens to generate.
@@ -53,7 +51,7 @@ pub struct DocumentCost {
 impl DocumentCost {
     /// Seconds in all.
     pub fn seconds(&self) -> f64 {
-        self.prefill_s + self.query_s + self.token_s * self.new_tokens.saturating_sub(1) as f64
+        self.prefill_s + self.token_s * self.new_tokens.saturating_sub(1) as f64
     }
 
     /// What it comes to where prefill and generation were seen to take other times than predicted.
@@ -61,7 +59,6 @@ impl DocumentCost {
         let (prefill, generate) = (learned.factor(Work::Prefill), learned.factor(Work::Generate));
         Self {
             prefill_s: self.prefill_s * prefill,
-            query_s: self.query_s * generate,
             token_s: self.token_s * generate,
             new_tokens: self.new_tokens,
             longest_step_s: self.longest_step_s * prefill.max(generate),
@@ -82,7 +79,7 @@ impl CostModel {
         let token_s = self.decode_step_s(&[self.kept_tokens(plan) + new_tokens / 2], ranks);
         let layer = prefill.seconds / self.shape.layers.max(1) as f64;
         let longest_step_s = layer.max(query_s).max(token_s);
-        DocumentCost { prefill_s: prefill.seconds, query_s, token_s, new_tokens, longest_step_s }
+        DocumentCost { prefill_s: prefill.seconds + query_s, token_s, new_tokens, longest_step_s }
     }
 
     /// Tokens whose keys and values a generated token reads, the query's among them.

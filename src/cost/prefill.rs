@@ -57,7 +57,7 @@ pub struct RankCost {
 /// What a prefill costs.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PrefillCost {
-    /// Seconds until the last rank has ended.
+    /// Seconds until the last rank has ended; not those of a query that goes through after its context.
     pub seconds: f64,
     /// Each rank; those without hosts have the query at most.
     pub ranks: Vec<RankCost>,

@@ -33,9 +33,9 @@ pub trait Driver {
 /// How long an inference took.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Timing {
-    /// Context through all layers, on all ranks; what others did meanwhile included.
+    /// Context and query through all layers, on all ranks, until the first token could be chosen; what others did meanwhile included.
     pub prefill: Duration,
-    /// Query and generated tokens, likewise.
+    /// Generated tokens, likewise.
     pub generate: Duration,
 }
 

@@ -41,7 +41,8 @@ struct Active {
     /// The token that was chosen last and has not gone through.
     chosen: Option<u32>,
     began: Instant,
-    prefilled: Instant,
+    /// When the first token could be chosen: context and query are through, on every rank.
+    prefilled: Option<Instant>,
     /// Time spent in its own layers.
     in_layers: Duration,
 }
@@ -127,7 +128,7 @@ impl<'r, 'a, B: Backend, C: Comm<B::Matrix, B::Scores>> Leader<'r, 'a, B, C> {
             layers_done: 0,
             chosen: None,
             began: now,
-            prefilled: now,
+            prefilled: None,
             in_layers: Duration::ZERO,
         };
         self.active.insert(id, active);
@@ -157,7 +158,7 @@ impl<'r, 'a, B: Backend, C: Comm<B::Matrix, B::Scores>> Leader<'r, 'a, B, C> {
         if active.job.is_none() {
             self.command(Command::End { sequence: id })?;
         }
-        let (began, prefilled) = (active.began, active.prefilled);
+        let (began, prefilled) = (active.began, active.prefilled.unwrap_or_else(Instant::now));
         let timing = Timing { prefill: prefilled - began, generate: prefilled.elapsed() };
         active.caller.end(result.map(|()| timing));
         Ok(())
@@ -215,7 +216,6 @@ impl<'r, 'a, B: Backend, C: Comm<B::Matrix, B::Scores>> Leader<'r, 'a, B, C> {
         active.in_layers += before.elapsed();
         active.layers_done += 1;
         if active.layers_done == layers {
-            active.prefilled = Instant::now();
             let flops = active.needs.layer_flops * layers as f64;
             self.schedule.learn(flops / active.in_layers.as_secs_f64());
         }
@@ -258,7 +258,8 @@ impl<'r, 'a, B: Backend, C: Comm<B::Matrix, B::Scores>> Leader<'r, 'a, B, C> {
         // Of a communicator that has ended meanwhile these may be no logits at all.
         self.rank.comm.check()?;
         for (id, next) in ids.iter().zip(chosen) {
-            if let Some(active) = self.active.get(id) {
+            if let Some(active) = self.active.get_mut(id) {
+                active.prefilled.get_or_insert_with(Instant::now);
                 active.caller.bring(next);
             }
         }

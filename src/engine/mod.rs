@@ -73,9 +73,9 @@ pub struct InferOutcome {
     pub stop: StopReason,
     /// The plan that was used.
     pub plan: PrefillPlan,
-    /// Context through all layers.
+    /// Context and query through all layers.
     pub prefill: Duration,
-    /// Query and generated tokens.
+    /// Generated tokens.
     pub generate: Duration,
 }
 

@@ -1,7 +1,7 @@
-//! What a request leaves open: mode, hosts, anchor and passing length by the length of the context.
+//! What a request leaves open: mode, hosts, anchor and passing length, by the length of the context and the number of hosts.
 //!
-//! Invariant: every default is a function of the context's length alone and agrees with the paper's table, which is for
-//! 8 hosts: 32K 1K/0.5K, 64K 2K/1K, 128K 4K/2K, 256K 8K/4K, 512K 8K/8K (anchor/passing).
+//! Invariant: no default hangs on ranks, and all agree with the paper's table, which is for 8 hosts: 32K 1K/0.5K, 64K 2K/1K, 128K 4K/2K, 256K 8K/4K,
+//! 512K 8K/8K (anchor/passing).
 
 use super::AttentionMode;
 
@@ -23,9 +23,11 @@ pub(super) fn anchor(n: usize) -> usize {
     n.div_ceil(32).min(LONGEST)
 }
 
-/// Passing length of the paper's table, between its rows in proportion to `n`.
-pub fn passing(n: usize) -> usize {
-    n.div_ceil(64).min(LONGEST)
+/// Passing length of the paper's table, between its rows in proportion to `n`. More hosts than the table's pass on as much together: the same share
+/// of their shorter blocks.
+pub(super) fn passing(n: usize, hosts: usize) -> usize {
+    let of_table = n.div_ceil(64).min(LONGEST);
+    (of_table * HOSTS).div_ceil(hosts.max(HOSTS))
 }
 
 #[cfg(test)]
@@ -37,8 +39,14 @@ mod tests {
         const K: usize = 1024;
         let table = [(32, K, K / 2), (64, 2 * K, K), (128, 4 * K, 2 * K), (256, 8 * K, 4 * K), (512, 8 * K, 8 * K)];
         for (n, anchor_length, passing_length) in table {
-            assert_eq!((anchor(n * K), passing(n * K)), (anchor_length, passing_length), "{n}K");
+            assert_eq!((anchor(n * K), passing(n * K, HOSTS)), (anchor_length, passing_length), "{n}K");
         }
+    }
+
+    #[test]
+    fn more_hosts_pass_on_as_much_together_and_fewer_no_more_each() {
+        let passed = |hosts| passing(1024 * 1024, hosts);
+        assert_eq!([1, 2, 8, 16, 32, 64].map(passed), [8192, 8192, 8192, 4096, 2048, 1024]);
     }
 
     #[test]

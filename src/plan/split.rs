@@ -33,7 +33,7 @@ impl PrefillPlan {
         };
         let passing = match selector {
             Selector::None => 0,
-            _ => request.passing.unwrap_or_else(|| settings::passing(context)),
+            _ => request.passing.unwrap_or_else(|| settings::passing(context, blocks.len())),
         };
         let hosts = hosts(blocks, anchor.as_ref().map_or(0, |anchor| anchor.len), passing);
         let selector = if hosts.iter().any(|host| host.compressed > 0) { selector } else { Selector::None };

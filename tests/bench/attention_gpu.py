@@ -3,7 +3,8 @@
     nvcc -std=c++20 -Ikernels -DVARIANTS -cubin -gencode=arch=compute_90a,code=sm_90a -o hopper.cubin kernels/attention/hopper.cu
     python tests/bench/attention_gpu.py hopper.cubin [kernel ...]
 
-Needs PyTorch alone: the cubin is loaded through the driver. Each kernel runs in a process of its own with a time limit, so that one that hangs costs no other.
+Needs PyTorch alone: the cubin is loaded through the driver. Each kernel is checked in a process of its own with a time limit, so that one that hangs costs no other;
+those that are right are timed in turns with the peers.
 Prints one JSON line a case and a measurement; exits with 1 if a case fails.
 """
 import ctypes
@@ -15,7 +16,7 @@ import sys
 import torch
 import torch.nn.functional as F
 
-SECONDS_A_KERNEL = 60
+SECONDS_A_STEP = 60
 MAX_MAPS = 96  # as in hopper.cu
 KERNELS = {  # head dimension, consumer warpgroups, keys a tile, stages, stages of queries
     "attention_hopper_128": (128, 3, 80, 2, 1), "attention_hopper_64": (64, 2, 128, 2, 1), "hopper_128_3x80_3_stages": (128, 3, 80, 3, 1),
@@ -162,51 +163,68 @@ def checks(cubin, name):
     return all([check(cubin, name, *case, seed) for seed, case in enumerate(cases)])
 
 
-def median_ms(run, repeats):
-    times = []
-    for _ in range(repeats + 2):  # the first two warm up
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end))
-    return sorted(times[2:])[repeats // 2]
+def peers(q, k, v):
+    """PyTorch's attention by kernel, in the layout that is best for it: [1, heads, rows, head dimension], each head in one piece."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    q, k, v = [x.transpose(0, 1).contiguous()[None] for x in (q, k, v)]
+
+    def run(backend):
+        with sdpa_kernel(backend):
+            F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return {name: lambda backend=backend: run(backend) for name, backend in [("flash", SDPBackend.FLASH_ATTENTION), ("cuDNN", SDPBackend.CUDNN_ATTENTION)]}
 
 
-def time_kernel(cubin, name):
-    kernel = Kernel(cubin, name)
-    head_dim, heads, kv_heads = kernel.head_dim, 4096 // kernel.head_dim, 8
+def in_turns(runs, rounds):
+    """Times of each, ms. One after the other, round by round: a card that gets warmer or changes its clock does it to all."""
+    times = {name: [] for name in runs}
+    for at in range(rounds + 2):  # the first two warm up
+        for name, run in runs.items():
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            run()
+            end.record()
+            torch.cuda.synchronize()
+            if at >= 2:
+                times[name].append(begin.elapsed_time(end))
+    return times
+
+
+def median(values):
+    return sorted(values)[len(values) // 2]
+
+
+def compare(cubin, names):
+    """All kernels of one head dimension and, on the same numbers, the peers. `to_cudnn`: median over the rounds of how many times as fast as cuDNN."""
+    names = names.split(",")
+    head_dim = KERNELS[names[0]][0]
+    heads, kv_heads = 4096 // head_dim, 8
     whole = lambda n: (f"causal {n // 1024}K", n, [(0, 0, n, True)], n)
     last_host = ("last APB host at 128K", 16384, [(0, 0, 14336, False), (0, 14336, 4096, False), (0, 18432, 16384, True)], 34816)
-    for what, queries, segments, keys in [whole(16384), whole(32768), whole(131072), last_host]:
+    for what, queries, segments, keys in [whole(8192), whole(16384), whole(32768), whole(131072), last_host]:
         draw = lambda rows, width: torch.randn(rows, width * head_dim, device="cuda").bfloat16()
         q, k, v = draw(queries, heads + 2 * kv_heads), draw(keys, kv_heads), draw(keys, kv_heads)
-        kernel.prepare(q, [(k, v)], [(0, queries, segments)], heads, kv_heads, torch.empty(queries, heads * head_dim, device="cuda", dtype=torch.bfloat16))
+        by_head = lambda x, n: x[:, : n * head_dim].view(-1, n, head_dim)
+        runs = peers(by_head(q, heads), by_head(k, kv_heads), by_head(v, kv_heads)) if len(segments) == 1 else {}
+        out = torch.empty(queries, heads * head_dim, device="cuda", dtype=torch.bfloat16)
+        for name in names:
+            kernel = Kernel(cubin, name)
+            kernel.prepare(q, [(k, v)], [(0, queries, segments)], heads, kv_heads, out)
+            runs[name] = kernel.launch
         flops = sum((4 * queries * rows - 2 * queries * queries * causal) * heads * head_dim for _, _, rows, causal in segments)
-        ms = median_ms(kernel.launch, 3 if queries > 100_000 else 9)
-        print(json.dumps({"kernel": name, "what": what, "ms": round(ms, 3), "tflops": round(flops / ms / 1e9, 1)}), flush=True)
-    return True
-
-
-def time_peers(_cubin, _name):
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    for n in (16384, 32768, 131072):
-        draw = lambda heads: torch.randn(1, heads, n, 128, device="cuda", dtype=torch.bfloat16)
-        q, k, v = draw(32), draw(8), draw(8)
-        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
-            with sdpa_kernel(backend):
-                ms = median_ms(lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), 3)
-            print(json.dumps({"peer": backend.name, "what": f"causal {n // 1024}K", "ms": round(ms, 3), "tflops": round(2 * n * n * 4096 / ms / 1e9, 1)}), flush=True)
+        times = in_turns(runs, 5 if queries > 100_000 else 21)
+        for name, ms in times.items():
+            ratios = [peer / own for peer, own in zip(times.get("cuDNN", []), ms)]
+            print(json.dumps({"kernel": name, "head_dim": head_dim, "what": what, "ms": round(median(ms), 3), "tflops": round(flops / median(ms) / 1e9, 1),
+                              "to_cudnn": round(median(ratios), 3) if ratios else None}), flush=True)
     return True
 
 
 def apart(cubin, step, name=""):
     """Runs a step in a process of its own; whether it went well."""
     try:
-        return subprocess.run([sys.executable, __file__, cubin, step, name], timeout=SECONDS_A_KERNEL).returncode == 0
+        return subprocess.run([sys.executable, __file__, cubin, step, name], timeout=SECONDS_A_STEP).returncode == 0
     except subprocess.TimeoutExpired:
-        print(json.dumps({"kernel": name, "step": step, "ok": False, "error": f"not done after {SECONDS_A_KERNEL} s"}), flush=True)
+        print(json.dumps({"kernel": name, "step": step, "ok": False, "error": f"not done after {SECONDS_A_STEP} s"}), flush=True)
         return False
 
 
@@ -216,9 +234,10 @@ def main():
     if len(sys.argv) > 2 and sys.argv[2] not in KERNELS:
         raise SystemExit(0 if globals()[sys.argv[2]](cubin, sys.argv[3]) else 1)
     right = [name for name in names if apart(cubin, "checks", name)]
-    apart(cubin, "time_peers")
-    for name in right:
-        apart(cubin, "time_kernel", name)
+    for head_dim in (128, 64):
+        alike = [name for name in right if KERNELS[name][0] == head_dim]
+        if alike:
+            apart(cubin, "compare", ",".join(alike))
     raise SystemExit(0 if len(right) == len(names) else 1)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prefill time over tokens of every strategy, from what `pool.py summary` wrote; beside it, as prefill.svg.
+"""Prefill time of the Llama-3.1-8B shape over tokens, of every strategy, from what `pool.py summary` wrote; beside it, as prefill.svg.
 
     tests/bench/plot.py tests/bench/results/h200x2/summary.json
 
@@ -15,6 +15,7 @@ import matplotlib
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
+SHAPE = "llama-3.1-8b"
 PEERS = {"FLASH_ATTENTION": "transformers, flash", "CUDNN_ATTENTION": "transformers, cuDNN"}
 
 
@@ -28,7 +29,7 @@ def fastest(rows):
     """Seconds by tokens by line."""
     lines = collections.defaultdict(dict)
     for row in rows:
-        if row.get("what") == "prefill" and row.get("seconds"):
+        if row.get("what") == "prefill" and row.get("seconds") and row.get("shape", SHAPE) == SHAPE:
             line, tokens = lines[name_of(row)], row["tokens"]
             line[tokens] = min(row["seconds"], line.get(tokens, float("inf")))
     return lines
@@ -43,8 +44,8 @@ def draw(lines, to):
     ticks = sorted({n for line in lines.values() for n in line})
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(ticks, [f"{n >> 10}K" for n in ticks])
-    seconds = [0.5, 1, 2, 5, 10, 20]
+    axes.set_xticks(ticks, [f"{n >> 20}M" if n >> 20 else f"{n >> 10}K" for n in ticks])
+    seconds = [0.5, 1, 2, 5, 10, 20, 40]
     axes.set_yticks(seconds, [f"{n:g}" for n in seconds])
     axes.minorticks_off()
     axes.set_xlabel("tokens")

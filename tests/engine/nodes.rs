@@ -183,7 +183,7 @@ fn the_death_of_a_node_in_mid_prefill_ends_the_others_at_once() {
     let group = Group::new(3, 60);
     let mut followers = group.followers(SHIPPED_MODEL, 1);
     let apb = ["--attention", "apb", "--hosts", "6", "--anchor", "1000", "--passing", "500"];
-    let mut first = group.first(SHIPPED_MODEL, 24_000, &apb);
+    let mut first = group.first(SHIPPED_MODEL, 60_000, &apb);
     std::thread::sleep(Duration::from_secs(5));
     assert!(first.try_wait().unwrap().is_none(), "it was over before a node could die");
     let death = Instant::now();

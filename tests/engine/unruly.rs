@@ -8,8 +8,8 @@ use std::time::Duration;
 use apbd::backend::cpu::{Matrix, Scores};
 use apbd::comm::local::LocalComm;
 use apbd::comm::{Comm, CommError};
-use apbd::engine::{EngineError, Job};
-use apbd::plan::{AttentionMode, Selector};
+use apbd::engine::{EngineError, Job, Timing};
+use apbd::plan::{AttentionMode, Execution, Selector};
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
@@ -39,7 +39,11 @@ enum Fault {
     Fail,
     /// Panics.
     Panic,
+    /// Comes [`LATE`] and then does as it should.
+    Late,
 }
+
+const LATE: Duration = Duration::from_millis(300);
 
 /// At which call of which kind.
 type At = (Kind, usize, Fault);
@@ -84,6 +88,10 @@ impl Unruly {
             Fault::Panic => {
                 self.failed.store(true, Ordering::SeqCst);
                 panic!("struck")
+            }
+            Fault::Late => {
+                std::thread::sleep(LATE);
+                Ok(())
             }
         }
     }
@@ -158,13 +166,14 @@ struct Trial {
 /// What came of it.
 struct Ended {
     outcome: Result<Vec<Vec<f32>>, EngineError>,
+    timing: Timing,
     /// Calls of each rank by kind.
     calls: Vec<BTreeMap<Kind, usize>>,
     failed: Vec<bool>,
 }
 
 impl Trial {
-    fn new(mode: AttentionMode, selector: Selector, execution: apbd::plan::Execution) -> Self {
+    fn new(mode: AttentionMode, selector: Selector, execution: Execution) -> Self {
         let case = Case {
             mode,
             hosts: 6,
@@ -194,9 +203,10 @@ impl Trial {
         };
         let ends = LocalComm::group(RANKS, DEADLINE).into_iter().enumerate().map(end).collect();
         let mut driver = Forced::new(&[5, 6]);
-        let outcome = runs::run_over(&self.model, &job, ends, &mut driver).map(|_| driver.logits);
+        let timing = runs::run_over(&self.model, &job, ends, &mut driver);
         Ended {
-            outcome,
+            timing: timing.as_ref().copied().unwrap_or_default(),
+            outcome: timing.map(|_| driver.logits),
             calls: calls.iter().map(|calls| calls.lock().unwrap().clone()).collect(),
             failed: failed.iter().map(|failed| failed.load(Ordering::SeqCst)).collect(),
         }
@@ -224,6 +234,16 @@ fn delays_change_nothing() {
             assert_eq!(ended.outcome.unwrap(), logits, "{:?}", trial.case);
             assert_eq!((ended.calls, ended.failed), (quiet.calls.clone(), vec![false; RANKS]));
         }
+    }
+}
+
+#[test]
+fn a_prefill_takes_until_the_last_rank_is_through() {
+    // Star passes nothing on: its ranks meet for the first time when the query has to see what each of them keeps.
+    let star = Trial::new(AttentionMode::Star, Selector::None, Execution::default());
+    for rank in 0..RANKS {
+        let ended = star.run(0, Some((rank, (Kind::AllGather, 0, Fault::Late))));
+        assert!(ended.outcome.is_ok() && ended.timing.prefill >= LATE, "rank {rank}: {:?}", ended.timing);
     }
 }
 

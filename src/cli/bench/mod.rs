@@ -76,7 +76,7 @@ struct Options {
     /// Anchor length; by default the paper's for the context.
     #[arg(long, value_name = "N")]
     anchor: Option<usize>,
-    /// Passing length; by default the paper's for the context.
+    /// Passing length; by default the paper's for the context; of more than its 8 hosts as much together.
     #[arg(long, value_name = "N")]
     passing: Option<usize>,
     #[command(flatten)]

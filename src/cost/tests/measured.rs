@@ -10,11 +10,16 @@ use crate::cost::{Calibration, DecodeFigure, Figures, ModelShape, PrefillFigure}
 use crate::plan::{AttentionMode, PrefillPlan};
 
 const H100: &str = include_str!("../../../tests/bench/results/h100.json");
+const BATCHES: &str = include_str!("../../../tests/bench/results/h100/decode_batches.json");
 
 /// How far a prefill and its memory may be off, and a generated token after full attention.
 const TOLERANCE: f64 = 0.02;
 /// A token after APB: when it was measured, every host had a partial result of its own, merged with the others; the model has one a rank.
 const TOKEN_AFTER_APB: f64 = 0.10;
+/// A step of a batch.
+const STEP: f64 = 0.06;
+/// Of contexts from this length on; where many have little to read, products of many rows take longer than the model knows.
+const LONG_ENOUGH: usize = 16 << 10;
 /// Each stage of the prefill that the rates come from.
 const STAGE: f64 = 0.02;
 
@@ -43,6 +48,17 @@ struct Decode {
     attention: AttentionMode,
     tokens: usize,
     ms_a_token: f64,
+}
+
+/// A step of a batch whose sequences all have so many tokens.
+#[derive(Debug, Deserialize)]
+struct Batch {
+    shape: String,
+    tokens: usize,
+    batch: usize,
+    kv_cache: String,
+    products: String,
+    ms_a_step: f64,
 }
 
 fn measured() -> Measured {
@@ -112,6 +128,25 @@ fn tokens_take_as_long_as_predicted() {
         let predicted = 1e3 * model(&case.shape).decode_step_s(&[case.tokens], 1);
         let tolerance = if case.attention == AttentionMode::Full { TOLERANCE } else { TOKEN_AFTER_APB };
         assert_within(predicted, case.ms_a_token, tolerance, &format!("{:?} {}, ms", case.attention, case.tokens));
+    }
+}
+
+#[test]
+fn steps_of_batches_take_as_long_as_predicted() {
+    let rows: Vec<serde_json::Value> = serde_json::from_str(BATCHES).expect("figures");
+    let steps = rows.into_iter().filter(|row| row["what"] == "decode").map(serde_json::from_value::<Batch>);
+    // Other kernels than those that are taken are there for comparison.
+    let is_taken = |step: &Batch| step.products == "skinny" && step.tokens >= LONG_ENOUGH;
+    let taken: Vec<_> = steps.map(|step| step.expect("a figure")).filter(is_taken).collect();
+    assert!(taken.len() >= 17);
+    for step in taken {
+        let model = match step.kv_cache.as_str() {
+            "fp8" => CostModel::new(model(&step.shape).shape.kept_in_fp8(), Calibration::h100()),
+            _ => model(&step.shape),
+        };
+        let predicted = 1e3 * model.decode_step_s(&vec![step.tokens; step.batch], 1);
+        let what = format!("{} of {} tokens, {}, ms", step.batch, step.tokens, step.kv_cache);
+        assert_within(predicted, step.ms_a_step, STEP, &what);
     }
 }
 

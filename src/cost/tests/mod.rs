@@ -172,9 +172,9 @@ fn a_query_with_its_context_saves_a_pass_over_the_weights() {
         let after = plan(AttentionMode::Apb, 32 * K, 8);
         let mut with = after.clone();
         with.execution.query_with_context = true;
+        assert!(model.prefill(&with, ranks).seconds > model.prefill(&after, ranks).seconds);
         let (after, with) = (model.document(&after, ranks, 1), model.document(&with, ranks, 1));
-        assert!(with.prefill_s > after.prefill_s && with.query_s < 0.2 * after.query_s, "{after:?} {with:?}");
-        assert!(with.seconds() < after.seconds(), "{after:?} {with:?}");
+        assert!(with.prefill_s < after.prefill_s && with.seconds() < after.seconds(), "{after:?} {with:?}");
     }
 }
 

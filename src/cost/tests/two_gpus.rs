@@ -11,10 +11,15 @@ use crate::plan::{AttentionMode, AttentionRequest, Capabilities, Execution, Foot
 
 const TWO_H200: &str = include_str!("../../../tests/bench/results/h200x2/summary.json");
 
+/// Of which one of the two was measured alone.
+const CALIBRATED: &str = "llama-3.1-8b";
+
 /// How far a prefill on two GPUs may be off.
 const TOLERANCE: f64 = 0.09;
-/// The same of 128K tokens, where less of it is what no rate says.
+/// The same from 128K tokens on, where less of it is what no rate says.
 const LONG: f64 = 0.03;
+/// Of star: an anchor as long as its block goes at the pace of causal attention, where the model has that of many segments.
+const STAR: f64 = 0.06;
 /// How far memory may be off.
 const MEMORY: f64 = 0.005;
 /// How far a token on two GPUs may be off.
@@ -24,9 +29,13 @@ const TOKEN: f64 = 0.03;
 #[serde(default)]
 struct Printed {
     what: String,
+    shape: String,
     attention: Option<AttentionMode>,
     tokens: usize,
     hosts: usize,
+    /// Not of the first runs, in which they were the paper's and the query went with its context.
+    anchor: Option<usize>,
+    passing: Option<usize>,
     gpus: usize,
     placement: Placement,
     overlap: bool,
@@ -41,8 +50,8 @@ struct Printed {
     ms_a_token: f64,
 }
 
-fn shape() -> ModelShape {
-    ModelShape::published("llama-3.1-8b", 1024).expect("a shape")
+fn shape(name: &str) -> ModelShape {
+    ModelShape::published(name, 1024).expect("a shape")
 }
 
 fn printed() -> Vec<Printed> {
@@ -57,11 +66,12 @@ fn prefills() -> Vec<Printed> {
 }
 
 fn plan(row: &Printed) -> PrefillPlan {
-    // When this was measured the query went with its context.
-    let (placement, overlap) = (row.placement, row.overlap);
-    let execution = Execution { placement, overlap, query_with_context: true, ..Execution::default() };
+    let (placement, overlap, query_with_context) = (row.placement, row.overlap, row.anchor.is_none());
+    let execution = Execution { placement, overlap, query_with_context, ..Execution::default() };
     let (mode, hosts) = (row.attention, Some(row.hosts));
-    let request = AttentionRequest { mode, hosts, execution, ..AttentionRequest::default() };
+    let of_approximate = |length: Option<usize>| length.filter(|_| !mode.is_some_and(AttentionMode::is_exact));
+    let (anchor, passing) = (of_approximate(row.anchor), of_approximate(row.passing));
+    let request = AttentionRequest { mode, hosts, anchor, passing, execution, ..AttentionRequest::default() };
     let capabilities = Capabilities { has_retaining_heads: true, max_hosts: 256 };
     PrefillPlan::new(row.tokens, 64, 0, &request, capabilities).expect("a plan")
 }
@@ -69,7 +79,7 @@ fn plan(row: &Printed) -> PrefillPlan {
 /// The rates of one of the two.
 fn calibration() -> Calibration {
     let figure = |row: &Printed| PrefillFigure {
-        shape: shape(),
+        shape: shape(&row.shape),
         plan: plan(row),
         seconds: row.seconds,
         stages: Stages {
@@ -81,35 +91,39 @@ fn calibration() -> Calibration {
             ..Stages::default()
         },
     };
-    let prefill = prefills().iter().filter(|row| row.gpus == 1).map(figure).collect();
+    let prefill = prefills().iter().filter(|row| row.gpus == 1 && row.shape == CALIBRATED).map(figure).collect();
     let copy_gb_s = printed().iter().find_map(|row| row.copy_gb_s);
     let alone = |row: &Printed| row.what == "decode" && row.gpus == 1;
-    let step =
-        |row: &Printed| DecodeFigure { shape: shape(), contexts: vec![row.tokens], seconds: row.ms_a_token / 1e3 };
+    let step = |row: &Printed| DecodeFigure {
+        shape: shape(&row.shape),
+        contexts: vec![row.tokens],
+        seconds: row.ms_a_token / 1e3,
+    };
     let decode = printed().iter().filter(|row| alone(row)).map(step).collect();
     Calibration::h100().refined(&Figures { device: None, copy_gb_s, prefill, decode })
 }
 
-/// Bytes that a plan counts today and that were not taken then: a ring held two blocks, and a third for moments outside of the peak.
+/// Bytes that a plan counts today and that were not taken in the first runs: a ring held two blocks, and a third for moments outside of the peak.
 fn unlike_now(row: &Printed) -> u64 {
-    let Footprint { kv_heads, head_dim, element_bytes, .. } = shape().footprint();
+    let Footprint { kv_heads, head_dim, element_bytes, .. } = shape(&row.shape).footprint();
     match row.attention {
-        Some(AttentionMode::Ring) => (row.tokens / row.gpus * 2 * kv_heads * head_dim * element_bytes) as u64,
+        Some(AttentionMode::Ring) if row.anchor.is_none() => {
+            (row.tokens / row.gpus * 2 * kv_heads * head_dim * element_bytes) as u64
+        }
         _ => 0,
     }
 }
 
 #[test]
 fn two_gpus_take_as_long_as_one_lets_expect() {
-    let model = CostModel::new(shape(), calibration());
     let mut checked = 0;
     for row in prefills().iter().filter(|row| row.gpus == 2) {
-        let plan = plan(row);
+        let (model, plan) = (CostModel::new(shape(&row.shape), calibration()), plan(row));
         let cost = model.prefill(&plan, 2);
         let off = cost.seconds / row.seconds - 1.0;
         let most = (0..2).map(|rank| model.memory_of_rank(&plan, rank, 2, 1)).max().unwrap_or(0);
         let gib = (most + model.shape.weight_bytes() - unlike_now(row)) as f64 / f64::from(1 << 30);
-        let what = format!("{:?} {} hosts {} {:?}", row.attention, row.tokens, row.hosts, row.placement);
+        let what = format!("{} {:?} {} hosts {} {:?}", row.shape, row.attention, row.tokens, row.hosts, row.placement);
         println!(
             "{what}: predicted {:.3} s, measured {:.3}, {:+.1} %; {gib:.2} GiB, measured {}",
             cost.seconds,
@@ -117,12 +131,12 @@ fn two_gpus_take_as_long_as_one_lets_expect() {
             100.0 * off,
             row.peak_gib
         );
-        assert!(
-            off.abs() <= if row.tokens < 128 << 10 { TOLERANCE } else { LONG },
-            "{what}: predicted {:.3} s, measured {:.3}",
-            cost.seconds,
-            row.seconds
-        );
+        let tolerance = match row.attention {
+            _ if row.tokens < 128 << 10 => TOLERANCE,
+            Some(AttentionMode::Star) => STAR,
+            _ => LONG,
+        };
+        assert!(off.abs() <= tolerance, "{what}: predicted {:.3} s, measured {:.3}", cost.seconds, row.seconds);
         assert!(
             (gib / row.peak_gib - 1.0).abs() <= MEMORY,
             "{what}: predicted {gib:.2} GiB, measured {}",
@@ -130,12 +144,12 @@ fn two_gpus_take_as_long_as_one_lets_expect() {
         );
         checked += 1;
     }
-    assert!(checked >= 24, "{checked}");
+    assert!(checked >= 35, "{checked}");
 }
 
 #[test]
 fn a_token_on_two_gpus_takes_as_long_as_one_lets_expect() {
-    let model = CostModel::new(shape(), calibration());
+    let model = CostModel::new(shape(CALIBRATED), calibration());
     let rows = printed();
     let pair: Vec<_> = rows.iter().filter(|row| row.what == "decode" && row.gpus == 2).collect();
     assert!(!pair.is_empty());

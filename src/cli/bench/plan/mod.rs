@@ -15,9 +15,7 @@ use crate::cli::device::KvCacheName;
 use crate::cli::execution::ExecutionArgs;
 use crate::cli::{CliError, Status};
 use crate::cost::{Calibration, CostModel, Link};
-use crate::plan::{
-    AttentionMode, AttentionRequest, Capabilities, HOSTS, Placement, PlanError, PrefillPlan, passing_for,
-};
+use crate::plan::{AttentionMode, AttentionRequest, Capabilities, HOSTS, Placement, PlanError, PrefillPlan};
 use crate::simulate::Mix;
 
 /// Nodes of the largest cluster that is looked at.
@@ -47,7 +45,7 @@ pub(super) struct Args {
     /// Anchor length; by default the paper's for the context.
     #[arg(long, value_name = "N")]
     anchor: Option<usize>,
-    /// Passing length; by default as many passed tokens in all as with the paper's 8 hosts.
+    /// Passing length; by default the paper's for the context; of more than its 8 hosts as much together.
     #[arg(long, value_name = "N")]
     passing: Option<usize>,
     #[command(flatten)]
@@ -167,12 +165,11 @@ impl Args {
             _ => of_ranks.max(HOSTS),
         });
         let is_apb = matches!(mode, None | Some(AttentionMode::Apb));
-        let passing = self.passing.unwrap_or_else(|| (passing_for(tokens) * HOSTS).div_ceil(hosts.max(HOSTS)));
         let request = AttentionRequest {
             mode,
             hosts: Some(hosts),
             anchor: self.anchor.filter(|_| !mode.is_some_and(AttentionMode::is_exact)),
-            passing: is_apb.then_some(passing),
+            passing: self.passing.filter(|_| is_apb),
             execution,
             ..AttentionRequest::default()
         };

@@ -40,7 +40,6 @@ void copy_async(void* to, const void* from, bool valid) {
     else emulator::copies().open.push_back(copy);
 }
 inline void copy_async16(void* to, const void* from, bool valid) { copy_async<16>(to, from, valid); }
-inline void copy_async8(void* to, const void* from, bool valid) { copy_async<8>(to, from, valid); }
 inline void copy_async4(void* to, const void* from, bool valid) { copy_async<4>(to, from, valid); }
 inline void copy_async_commit() {
     auto& mine = emulator::copies();
