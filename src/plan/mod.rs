@@ -19,7 +19,7 @@ pub use execution::{Execution, PassingType, Placement};
 pub use layout::{RankLayout, Run};
 pub use memory::{Footprint, QUERY_CHUNK};
 use serde::{Deserialize, Serialize};
-pub use settings::HOSTS;
+pub use settings::hosts as hosts_for;
 
 /// Attention strategy of a prefill.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]

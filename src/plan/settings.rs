@@ -5,8 +5,10 @@
 
 use super::AttentionMode;
 
-/// Hosts of a plan whose request names none, and of the paper's table.
-pub const HOSTS: usize = 8;
+/// Hosts of the paper's table.
+const HOSTS: usize = 8;
+/// The longest local block of the table.
+const LONGEST_BLOCK: usize = 64 * 1024;
 
 /// Below this many tokens exact attention costs little, and is what `auto` picks.
 const FULL_BELOW: usize = 8 * 1024;
@@ -16,6 +18,11 @@ const LONGEST: usize = 8 * 1024;
 /// What `auto` picks for a context of `n` tokens.
 pub(super) fn mode(n: usize) -> AttentionMode {
     if n < FULL_BELOW { AttentionMode::Full } else { AttentionMode::Apb }
+}
+
+/// Hosts of a plan whose request names none: those of the table, and as many more as keep local blocks as short as there.
+pub fn hosts(n: usize) -> usize {
+    HOSTS.max(n.div_ceil(LONGEST_BLOCK))
 }
 
 /// Anchor length of the paper's table, between its rows in proportion to `n`.
@@ -39,8 +46,14 @@ mod tests {
         const K: usize = 1024;
         let table = [(32, K, K / 2), (64, 2 * K, K), (128, 4 * K, 2 * K), (256, 8 * K, 4 * K), (512, 8 * K, 8 * K)];
         for (n, anchor_length, passing_length) in table {
-            assert_eq!((anchor(n * K), passing(n * K, HOSTS)), (anchor_length, passing_length), "{n}K");
+            assert_eq!((hosts(n * K), anchor(n * K), passing(n * K, 8)), (8, anchor_length, passing_length), "{n}K");
         }
+    }
+
+    #[test]
+    fn contexts_longer_than_the_tables_have_more_hosts_and_no_longer_blocks() {
+        const M: usize = 1024 * 1024;
+        assert_eq!([M / 2, M / 2 + 1, M, 2 * M].map(hosts), [8, 9, 16, 32]);
     }
 
     #[test]

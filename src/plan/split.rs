@@ -22,7 +22,7 @@ impl PrefillPlan {
         check(context, query, query_at)?;
         let mode = request.mode.unwrap_or_else(|| settings::mode(context));
         let mut notes = Vec::new();
-        let asked = hosts_asked_for(mode, request, capabilities, &mut notes)?;
+        let asked = hosts_asked_for(mode, context, request, capabilities, &mut notes)?;
         let blocks = blocks(context, asked, &mut notes);
         let selector = selector(mode, request, capabilities, &mut notes)?;
         let anchor = match mode {
@@ -72,12 +72,13 @@ fn check(context: usize, query: usize, query_at: usize) -> Result<(), PlanError>
 
 fn hosts_asked_for(
     mode: AttentionMode,
+    context: usize,
     request: &AttentionRequest,
     capabilities: Capabilities,
     notes: &mut Vec<String>,
 ) -> Result<usize, PlanError> {
     let max_hosts = capabilities.max_hosts;
-    let asked = request.hosts.unwrap_or(settings::HOSTS.min(max_hosts));
+    let asked = request.hosts.unwrap_or(settings::hosts(context).min(max_hosts));
     if asked == 0 || asked > max_hosts {
         return Err(PlanError::Hosts { hosts: asked, max_hosts });
     }

@@ -13,6 +13,7 @@ pub mod drops;
 pub mod error;
 mod event;
 pub mod exports;
+mod finish;
 pub mod meeting;
 mod postgres;
 pub mod records;

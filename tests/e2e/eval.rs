@@ -26,9 +26,6 @@ fn questions(lines: &[Value]) -> TempDir {
     let folder = TempDir::new().expect("a temporary directory");
     fs::write(folder.path().join("contract.md"), contract("48213", 60)).expect("written");
     fs::write(folder.path().join("other.txt"), contract("KX-4821", 20)).expect("written");
-    let record =
-        contract("KX-4821", 20).replace("The reference number of the Harbour contract is ", "Reference number: ");
-    fs::write(folder.path().join("record.txt"), record).expect("written");
     fs::write(folder.path().join("long.txt"), "many words ".repeat(70_000)).expect("written");
     let lines: String = lines.iter().map(|line| format!("{line}\n")).collect();
     fs::write(folder.path().join("questions.jsonl"), lines).expect("written");
@@ -42,7 +39,7 @@ fn ask(document: &str, answer: &str) -> Value {
 #[test]
 fn attentions_stand_side_by_side_with_their_right_and_wrong_answers() {
     let extract = json!({
-        "document": "record.txt", "task": "extract", "fields": ["reference_number"], "answer": {"reference_number": "kx-4821"}
+        "document": "other.txt", "task": "extract", "fields": ["reference_number"], "answer": {"reference_number": "kx-4821"}
     });
     let folder = questions(&[ask("contract.md", " 48213."), ask("other.txt", "KX-4822"), extract]);
     let arguments = ["questions.jsonl", "--attention", "full,apb", "--selector", "query-aware,none", "--hosts", "4"];
@@ -92,7 +89,7 @@ fn what_is_wrong_with_the_questions_is_said_with_its_line() {
     };
     refused(&[], "there is no question in it");
     refused(&[ask("other.txt", "1"), ask("gone.txt", "1")], "line 2: gone.txt: ");
-    refused(&[json!({"document": "record.txt", "task": "extract", "answer": {}})], "line 1: extract needs \"fields\"");
+    refused(&[json!({"document": "other.txt", "task": "extract", "answer": {}})], "line 1: extract needs \"fields\"");
     refused(&[json!({"document": "other.txt", "task": "ask", "answer": "1"})], "line 1: ask needs a question");
     refused(&[json!({"document": "other.txt", "task": "sing", "answer": "1"})], "line 1: ");
     stdout(&eval(Path::new("/"), &["nowhere.jsonl"]), 64);

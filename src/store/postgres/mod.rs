@@ -26,6 +26,7 @@ use async_trait::async_trait;
 use sqlx::postgres::{PgConnectOptions, PgPool, PgPoolOptions};
 use sqlx::{Postgres, Transaction};
 
+use super::finish::Finish;
 use super::{
     Access, AttemptReport, Beat, CancelOutcome, Claim, ClaimRequest, Door, Enqueued, InboxDepth, JobDetail, JobFilter,
     JobSummary, Lease, LeaseState, NewJob, OutboxEvent, Rejection, Replay, ReportTable, ReportView, Store, StoreError,
@@ -79,7 +80,7 @@ impl PostgresStore {
         Ok(store)
     }
 
-    async fn begin(&self, operation: &'static str) -> Result<Transaction<'_, Postgres>, StoreError> {
+    async fn begin(&self, operation: &'static str) -> Result<Transaction<'static, Postgres>, StoreError> {
         self.pool.begin().await.map_err(|error| self.error(operation, error))
     }
 

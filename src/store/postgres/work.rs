@@ -14,6 +14,7 @@ use super::PostgresStore;
 use super::rows::{attempt, failures, interval, lease};
 use crate::job::retry::Verdict;
 use crate::job::{ErrorCode, JobError, JobId, StageTimes, WorkerId};
+use crate::store::finish::Finish;
 use crate::store::{
     AttemptReport, Beat, CancelOutcome, Claim, ClaimRequest, Ending, JobState, Lease, LeaseState, Replay, StoreError,
     Swept,

@@ -1,17 +1,15 @@
-//! The end of an attempt: everything it leaves behind, in one transaction that a stale worker can not make.
-//!
-//! Invariant: the job's state, its result, its timing and its completion event are written together or not at all.
+//! What an attempt leaves behind, as it is written here; see [`Finish`].
 
 use sqlx::{Sqlite, Transaction};
 
 use super::rows::milliseconds;
 use super::{SqliteStore, now};
-use crate::failpoint;
-use crate::job::retry::{FailureCounter, Verdict};
-use crate::job::{JobError, JobResult, Stage};
+use crate::job::retry::FailureCounter;
+use crate::job::{JobResult, Stage};
+use crate::store::finish::Finish;
 use crate::store::{AttemptReport, Ending, JobState, Lease, StoreError, event, name_of};
 
-/// Only the attempt that is the job's own, while it runs. `$5` is the wait before the job can be claimed again.
+/// Only the attempt that is the job's own, while it runs. `$4` is the wait before the job can be claimed again.
 const END: &str = concat!(
     "UPDATE jobs SET state = CASE WHEN $3 = 'queued' AND cancel_requested THEN 'cancelled' ELSE $3 END, available_at = ",
     now!(),
@@ -48,68 +46,24 @@ const EVENT: &str = concat!(
     " FROM jobs WHERE job_id = $1 AND reply_target IS NOT NULL ON CONFLICT DO NOTHING"
 );
 
-impl SqliteStore {
-    pub(super) async fn finish_attempt(&self, lease: Lease, report: &AttemptReport) -> Result<bool, StoreError> {
-        let report = report.storable();
-        let mut transaction = self.begin("finish").await?;
-        if !self.end_attempt(&mut transaction, lease, &report, report.ending.outcome()).await? {
-            return Ok(false);
-        }
-        failpoint::reach("record.uncommitted");
-        self.commit("finish", transaction).await?;
-        Ok(true)
+impl Finish for SqliteStore {
+    type Transaction = Transaction<'static, Sqlite>;
+
+    async fn open_transaction(&self, operation: &'static str) -> Result<Self::Transaction, StoreError> {
+        self.begin(operation).await
     }
 
-    /// `false`: the attempt is not the job's any more, and nothing was written.
-    pub(super) async fn end_attempt(
+    async fn close_transaction(
         &self,
-        transaction: &mut Transaction<'_, Sqlite>,
-        lease: Lease,
-        report: &AttemptReport,
-        outcome: &str,
-    ) -> Result<bool, StoreError> {
-        let ended = self.end_job(transaction, lease, &report.ending).await?;
-        let Some(state) = ended else { return Ok(false) };
-        self.write_attempt(transaction, lease, report, outcome).await?;
-        self.write_documents(transaction, lease, report).await?;
-        if let Ending::Succeeded(result) = &report.ending {
-            self.write_result(transaction, lease, result).await?;
-        }
-        // A job that was to be tried again, but that somebody wants stopped, has ended all the same.
-        match (&report.ending, state) {
-            (Ending::Errored { error, .. }, JobState::Cancelled) => {
-                let ending = Ending::Errored { error: error.clone(), verdict: Verdict::Cancelled };
-                self.write_event(transaction, lease, &ending).await?;
-            }
-            (ending, _) => self.write_event(transaction, lease, ending).await?,
-        }
-        Ok(true)
-    }
-
-    /// Ends a job that no worker holds.
-    pub(super) async fn end_waiting(
-        &self,
-        transaction: &mut Transaction<'_, Sqlite>,
-        lease: Lease,
-        error: JobError,
-        verdict: Verdict,
+        operation: &'static str,
+        transaction: Self::Transaction,
     ) -> Result<(), StoreError> {
-        let ending = Ending::Errored { error: error.clone(), verdict };
-        sqlx::query(END_WAITING)
-            .bind(lease.job.to_string())
-            .bind(i64::from(lease.attempt.get()))
-            .bind(ending.state().as_str())
-            .bind(error.code.as_str())
-            .bind(error.message)
-            .execute(&mut **transaction)
-            .await
-            .map_err(|error| self.error("end_waiting", error))?;
-        self.write_event(transaction, lease, &ending).await
+        self.commit(operation, transaction).await
     }
 
     async fn end_job(
         &self,
-        transaction: &mut Transaction<'_, Sqlite>,
+        transaction: &mut Self::Transaction,
         lease: Lease,
         ending: &Ending,
     ) -> Result<Option<JobState>, StoreError> {
@@ -132,9 +86,28 @@ impl SqliteStore {
         state.map(|state| self.parsed("finish", "state", state)).transpose()
     }
 
+    async fn end_waiting_job(
+        &self,
+        transaction: &mut Self::Transaction,
+        lease: Lease,
+        ending: &Ending,
+    ) -> Result<(), StoreError> {
+        let error = ending.error();
+        sqlx::query(END_WAITING)
+            .bind(lease.job.to_string())
+            .bind(i64::from(lease.attempt.get()))
+            .bind(ending.state().as_str())
+            .bind(error.map(|error| error.code.as_str()))
+            .bind(error.map(|error| error.message.as_str()))
+            .execute(&mut **transaction)
+            .await
+            .map(drop)
+            .map_err(|error| self.error("end_waiting", error))
+    }
+
     async fn write_attempt(
         &self,
-        transaction: &mut Transaction<'_, Sqlite>,
+        transaction: &mut Self::Transaction,
         lease: Lease,
         report: &AttemptReport,
         outcome: &str,
@@ -154,7 +127,7 @@ impl SqliteStore {
 
     async fn write_documents(
         &self,
-        transaction: &mut Transaction<'_, Sqlite>,
+        transaction: &mut Self::Transaction,
         lease: Lease,
         report: &AttemptReport,
     ) -> Result<(), StoreError> {
@@ -178,7 +151,7 @@ impl SqliteStore {
 
     async fn write_result(
         &self,
-        transaction: &mut Transaction<'_, Sqlite>,
+        transaction: &mut Self::Transaction,
         lease: Lease,
         result: &JobResult,
     ) -> Result<(), StoreError> {
@@ -210,7 +183,7 @@ impl SqliteStore {
 
     async fn write_event(
         &self,
-        transaction: &mut Transaction<'_, Sqlite>,
+        transaction: &mut Self::Transaction,
         lease: Lease,
         ending: &Ending,
     ) -> Result<(), StoreError> {

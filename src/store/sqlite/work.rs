@@ -12,6 +12,7 @@ use super::rows::STAGE_COLUMNS;
 use super::{SqliteStore, now};
 use crate::job::retry::{Failures, Verdict};
 use crate::job::{Attempt, ErrorCode, JobError, JobId, StageTimes, WorkerId};
+use crate::store::finish::Finish;
 use crate::store::{
     AttemptReport, Beat, CancelOutcome, Claim, ClaimRequest, Ending, JobState, Lease, LeaseState, Replay, StoreError,
     Swept,
@@ -95,7 +96,7 @@ impl SqliteStore {
 
     async fn claim_one(
         &self,
-        transaction: &mut Transaction<'_, Sqlite>,
+        transaction: &mut Transaction<'static, Sqlite>,
         id: &str,
         request: &ClaimRequest,
     ) -> Result<Claim, StoreError> {
@@ -209,7 +210,7 @@ impl SqliteStore {
 
     async fn release_orphans(
         &self,
-        transaction: &mut Transaction<'_, Sqlite>,
+        transaction: &mut Transaction<'static, Sqlite>,
         all: bool,
         swept: &mut Swept,
     ) -> Result<(), StoreError> {

@@ -15,7 +15,7 @@ use crate::cli::device::KvCacheName;
 use crate::cli::execution::ExecutionArgs;
 use crate::cli::{CliError, Status};
 use crate::cost::{Calibration, CostModel, Link};
-use crate::plan::{AttentionMode, AttentionRequest, Capabilities, HOSTS, Placement, PlanError, PrefillPlan};
+use crate::plan::{AttentionMode, AttentionRequest, Capabilities, Placement, PlanError, PrefillPlan, hosts_for};
 use crate::simulate::Mix;
 
 /// Nodes of the largest cluster that is looked at.
@@ -39,7 +39,7 @@ pub(super) struct Args {
     /// Attention strategies; by default all, and for a mix what the daemon would take.
     #[arg(long, value_enum, value_delimiter = ',')]
     attention: Vec<StrategyName>,
-    /// Hosts; by default as many as there are GPUs (paired: twice as many), for star and APB at least 8.
+    /// Hosts; by default as many as there are GPUs (paired: twice as many), for star and APB at least 8 and blocks of 64K tokens at most.
     #[arg(long, value_name = "N")]
     hosts: Option<usize>,
     /// Anchor length; by default the paper's for the context.
@@ -162,7 +162,7 @@ impl Args {
         let hosts = self.hosts.unwrap_or(match mode {
             Some(AttentionMode::Full) => 1,
             Some(AttentionMode::Ring | AttentionMode::Ulysses) => of_ranks,
-            _ => of_ranks.max(HOSTS),
+            _ => of_ranks.max(hosts_for(tokens)),
         });
         let is_apb = matches!(mode, None | Some(AttentionMode::Apb));
         let request = AttentionRequest {
