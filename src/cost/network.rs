@@ -45,11 +45,12 @@ impl Network {
         self.latency_s(ranks) + within.max(between)
     }
 
-    /// Steps of a ring: to the neighbours within the node, then from node to node.
+    /// Until the first byte comes: within a node all reach each other directly, from node to node it goes in steps.
     fn latency_s(&self, ranks: usize) -> f64 {
         let (nodes, of_node) = (self.nodes(ranks), ranks.min(self.gpus_per_node));
-        let steps = |count: usize| (count as f64).log2().ceil();
-        (steps(of_node) * self.within.latency_us + steps(nodes) * self.between.latency_us) * 1e-6
+        let within = if of_node > 1 { self.within.latency_us } else { 0.0 };
+        let between = (nodes as f64).log2().ceil() * self.between.latency_us;
+        (within + between) * 1e-6
     }
 }
 
