@@ -14,6 +14,7 @@ mod device;
 pub mod engine;
 pub mod eval;
 mod execution;
+pub mod forget;
 pub mod forward;
 pub mod heads;
 pub mod jobs;
@@ -74,6 +75,8 @@ pub enum Command {
     Cancel(cancel::Args),
     /// Queue jobs again that failed.
     Replay(replay::Args),
+    /// Delete what ended long ago from the database.
+    Forget(forget::Args),
     /// Print reports: backlog, throughput, latency, tokens, failures.
     Report(report::Args),
     /// Bring the database's schema up to date.
@@ -103,6 +106,7 @@ impl Command {
             Self::Show(args) => args.execute(),
             Self::Cancel(args) => args.execute(),
             Self::Replay(args) => args.execute(),
+            Self::Forget(args) => args.execute(),
             Self::Report(args) => args.execute(),
             Self::Migrate(args) => args.execute(),
             Self::Forward(args) => args.execute(),

@@ -14,6 +14,7 @@ pub mod error;
 mod event;
 pub mod exports;
 mod finish;
+pub mod forget;
 pub mod meeting;
 mod postgres;
 pub mod records;
@@ -32,6 +33,7 @@ pub use costs::CostStore;
 pub use drops::{DropFate, DropFile, DropMark, DropSighting, DropStore, EndedFile, ReadyFiles};
 pub use error::StoreError;
 pub use exports::{Export, ExportStore};
+pub use forget::{ForgetStore, Forgotten};
 pub use meeting::MeetingStore;
 pub use postgres::{Migrated, Roles, migrate};
 use records::name_of;
@@ -58,7 +60,7 @@ pub async fn open(url: &StoreUrl, access: Access, retry: RetryPolicy) -> Result<
 
 /// The durable state of all jobs. Methods are not cancel-safe: run them to their end.
 #[async_trait]
-pub trait Store: DropStore + ExportStore + CostStore + MeetingStore {
+pub trait Store: DropStore + ExportStore + CostStore + MeetingStore + ForgetStore {
     /// Takes jobs in, all in one transaction; one answer a job, in order. Repeating it is a no-op.
     async fn enqueue(&self, jobs: &[NewJob]) -> Result<Vec<Enqueued>, StoreError>;
 

@@ -118,6 +118,20 @@ async fn programs_are_told_in_json_what_came_of_it() {
 }
 
 #[tokio::test]
+async fn what_ended_is_forgotten_when_it_is_old_enough() {
+    let fixture = fixture().await;
+    let forget = |days: &str| stdout(&apbd(&fixture.path, &["forget", "--older-than", days]), 0);
+    assert_eq!(forget("1"), "0 jobs and 0 rejected messages forgotten\n");
+    assert_eq!(forget("0"), "1 jobs and 0 rejected messages forgotten\n");
+    assert_eq!(apbd(&fixture.path, &["show", &fixture.failed.to_string()]).status.code(), Some(64));
+    assert!(stdout(&apbd(&fixture.path, &["show", &fixture.waiting.to_string()]), 0).contains("queued"));
+    let json = stdout(&apbd(&fixture.path, &["forget", "--older-than", "0", "--format", "json"]), 0);
+    let json: Value = serde_json::from_str(&json).expect("JSON");
+    assert_eq!(json, serde_json::json!({ "jobs": 0, "rejections": 0 }));
+    assert_eq!(apbd(&fixture.path, &["forget"]).status.code(), Some(64), "how old is not guessed");
+}
+
+#[tokio::test]
 async fn dead_jobs_are_replayed_together() {
     let fixture = fixture().await;
     kill(&fixture).await;

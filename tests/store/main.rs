@@ -3,6 +3,7 @@
 mod costs;
 mod drops;
 mod errors;
+mod forget;
 mod meeting;
 mod on_postgres;
 #[path = "../services/postgres.rs"]
@@ -78,6 +79,10 @@ on_both! {
     a_sidecar_is_found_beside_its_document
     a_file_is_disposed_of_when_its_job_has_ended
     an_ended_job_is_noted_until_it_was_written;
+    forget:
+    what_ended_is_forgotten_with_all_that_hangs_on_it
+    what_somebody_still_waits_for_is_kept
+    rejections_are_forgotten;
 }
 
 #[tokio::test]

@@ -1,7 +1,9 @@
 //! What only a server can show: roles, a schema that is missing, a database that goes away.
 
+use std::time::Duration;
+
 use apbd::job::retry::RetryPolicy;
-use apbd::store::{Access, JobState, Roles, StoreError, StoreUrl, migrate, open};
+use apbd::store::{Access, JobState, ReportView, Roles, StoreError, StoreUrl, migrate, open};
 
 use crate::{postgres, suite};
 
@@ -30,11 +32,15 @@ async fn each_role_can_do_its_part_and_no_more() {
     let as_app = server.url(&app, database).parse().expect("a URL");
     let store = open(&as_app, Access::Worker, suite::policy()).await.expect("opens");
     suite::finish_one(&*store).await;
+    let forgotten = store.forget(Duration::ZERO, 10).await.expect("forgotten");
+    assert_eq!(forgotten.jobs, 1, "an app may forget");
+    let sums = store.report(ReportView::Tokens, 10).await.expect("reported");
+    assert_eq!(sums.rows.len(), 1, "what was summed up of it stays");
     let dropped = sqlx_error(&server.url(&app, database), "DROP TABLE jobs").await;
     assert_eq!(dropped.as_deref(), Some("42501"), "an app changes no table");
 
     let as_reporter = server.url(&reporter, database);
-    for view in apbd::store::ReportView::ALL {
+    for view in ReportView::ALL {
         let sql = format!("SELECT * FROM report_{}", view.as_str());
         assert_eq!(sqlx_error(&as_reporter, &sql).await, None, "{sql}");
     }

@@ -35,7 +35,7 @@ pub fn message(uri: &str) -> JobMessage {
     JobMessage::new(Task::Summarise, vec![DocumentMessage { uri: uri.to_owned(), ..DocumentMessage::default() }])
 }
 
-fn new_job(message: JobMessage) -> NewJob {
+pub fn new_job(message: JobMessage) -> NewJob {
     let id = message.job_id.unwrap_or_else(JobId::random);
     let job = message.check(Some(id), &MessageLimits::default()).expect("a valid message");
     NewJob { job, door: Door::Submit, origin: "test".to_owned(), size_bytes: None, reply: None }
@@ -101,7 +101,7 @@ pub fn succeeded() -> AttemptReport {
     report(Ending::Succeeded(Box::new(result("done"))))
 }
 
-fn errored(code: ErrorCode, verdict: Verdict) -> AttemptReport {
+pub fn errored(code: ErrorCode, verdict: Verdict) -> AttemptReport {
     report(Ending::Errored { error: JobError::new(code, "as the test says"), verdict })
 }
 

@@ -11,6 +11,7 @@ mod drops;
 mod error;
 mod exports;
 mod finish;
+mod forget;
 mod inbox;
 mod look;
 mod meeting;

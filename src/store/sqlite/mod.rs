@@ -6,6 +6,7 @@ mod costs;
 mod drops;
 mod exports;
 mod finish;
+mod forget;
 mod inbox;
 mod lock;
 mod look;
