@@ -118,7 +118,6 @@ impl<'r, 'a, B: Backend, C: Comm<B::Matrix, B::Scores>> Leader<'r, 'a, B, C> {
     fn add(&mut self, Submission { job, needs, caller }: Submission) {
         let id = SequenceId(self.submitted);
         self.submitted += 1;
-        let now = Instant::now();
         let active = Active {
             caller,
             query: job.query.clone(),
@@ -127,7 +126,7 @@ impl<'r, 'a, B: Backend, C: Comm<B::Matrix, B::Scores>> Leader<'r, 'a, B, C> {
             query_done: 0,
             layers_done: 0,
             chosen: None,
-            began: now,
+            began: Instant::now(),
             prefilled: None,
             in_layers: Duration::ZERO,
         };

@@ -14,13 +14,6 @@ pub(super) trait Finish {
     /// A transaction that was begun.
     type Transaction;
 
-    async fn open_transaction(&self, operation: &'static str) -> Result<Self::Transaction, StoreError>;
-    async fn close_transaction(
-        &self,
-        operation: &'static str,
-        transaction: Self::Transaction,
-    ) -> Result<(), StoreError>;
-
     /// The state of a job whose attempt this was until now; nothing if the attempt is not the job's any more, or does not run.
     async fn end_job(
         &self,
@@ -63,19 +56,22 @@ pub(super) trait Finish {
         ending: &Ending,
     ) -> Result<(), StoreError>;
 
-    /// `false`: the attempt is not the job's any more, and nothing was written.
-    async fn finish_attempt(&self, lease: Lease, report: &AttemptReport) -> Result<bool, StoreError> {
+    /// Ends an attempt as its worker says. `false`: it is not the job's any more, and nothing was written.
+    async fn finish_attempt(
+        &self,
+        transaction: &mut Self::Transaction,
+        lease: Lease,
+        report: &AttemptReport,
+    ) -> Result<bool, StoreError> {
         let report = report.storable();
-        let mut transaction = self.open_transaction("finish").await?;
-        if !self.end_attempt(&mut transaction, lease, &report, report.ending.outcome()).await? {
-            return Ok(false);
+        let ended = self.end_attempt(transaction, lease, &report, report.ending.outcome()).await?;
+        if ended {
+            failpoint::reach("record.uncommitted");
         }
-        failpoint::reach("record.uncommitted");
-        self.close_transaction("finish", transaction).await?;
-        Ok(true)
+        Ok(ended)
     }
 
-    /// As [`finish_attempt`](Self::finish_attempt), in a transaction that is the caller's.
+    /// The same, with an outcome that is not the worker's to say.
     async fn end_attempt(
         &self,
         transaction: &mut Self::Transaction,

@@ -9,6 +9,9 @@ use serde::Serialize;
 
 use super::StoreError;
 
+/// What hangs on a job, and the job after it.
+pub(super) const TABLES: [&str; 6] = ["results", "attempts", "documents", "outbox", "exports", "jobs"];
+
 /// How much was forgotten.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
 pub struct Forgotten {

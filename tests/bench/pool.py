@@ -34,6 +34,11 @@ def gpus_there_are():
     return sum(line.startswith("GPU ") for line in listed.splitlines())
 
 
+def thousands(tokens):
+    """Of a length such as 32k or 1m, in units of 1024."""
+    return {"k": 1, "m": 1024}[tokens[-1]] * int(tokens[:-1])
+
+
 class Run:
     """One process, or a few that are compared: `work(out)` returns what is kept."""
 
@@ -138,7 +143,7 @@ class Pool:
     @staticmethod
     def expected(ranks, hosts, tokens):
         """Seconds of one prefill of an 8B model, roughly: products, and attention over all or over a host's share."""
-        share = {"k": 1 / 128, "m": 8}[tokens[-1]] * int(tokens[:-1])
+        share = thousands(tokens) / 128
         return (3.3 * share + (14 / hosts if hosts else 9) * share**2) / ranks
 
     def prefill(self):
@@ -152,7 +157,7 @@ class Pool:
         """What takes more than eight minutes on so few GPUs is left out, and its file says so. Beside the paper's number of hosts, as many as make blocks of 32K."""
         runs = []
         for tokens in LONG:
-            ranks, hosts = self.counts[-1], {"k": 1, "m": 1024}[tokens[-1]] * int(tokens[:-1]) // 32
+            ranks, hosts = self.counts[-1], thousands(tokens) // 32
             blocks = [(f"apb-32k-blocks-{ranks}", ["--attention", "apb", "--ranks", ranks, "--hosts", hosts, "--placement", "paired"], ranks, hosts)] if hosts > 8 else []
             for name, options, ranks, hosts in [*self.strategies(self.counts[-1:]), *blocks]:
                 if "no-overlap" in name or name.startswith("ring-paired"):

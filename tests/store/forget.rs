@@ -4,9 +4,9 @@ use std::time::Duration;
 
 use apbd::job::retry::Verdict;
 use apbd::job::{Digest, ErrorCode, JobId, JobMessage};
-use apbd::store::{Door, DropFate, DropMark, DropSighting, Forgotten, NewJob, Rejection, Reply, Store};
+use apbd::store::{DropFate, DropMark, DropSighting, Forgotten, NewJob, Reply, Store};
 
-use crate::suite::{Fresh, add, claim, errored, message, new_job, succeeded};
+use crate::suite::{Fresh, add, claim, errored, message, new_job, rejection, succeeded};
 
 const ALL: u32 = 100;
 
@@ -98,18 +98,8 @@ pub async fn what_somebody_still_waits_for_is_kept(fresh: Fresh) {
 
 pub async fn rejections_are_forgotten(fresh: Fresh) {
     let store = &*fresh.store;
-    let rejection = |number: u8| Rejection {
-        door: Door::Amqp,
-        origin: "jobs".to_owned(),
-        message_id: None,
-        job_id: None,
-        code: ErrorCode::MessageInvalid,
-        reason: "no JSON".to_owned(),
-        digest: Digest::of_bytes(&[number]),
-        size_bytes: 1,
-    };
     for number in 0..3 {
-        store.reject(&rejection(number)).await.expect("written");
+        store.reject(&rejection(&[number])).await.expect("written");
     }
     tokio::time::sleep(Duration::from_millis(5)).await;
     let batch = async |age, limit| store.forget(age, limit).await.expect("forgotten").rejections;

@@ -105,6 +105,20 @@ pub fn errored(code: ErrorCode, verdict: Verdict) -> AttemptReport {
     report(Ending::Errored { error: JobError::new(code, "as the test says"), verdict })
 }
 
+/// Of a message with these bytes.
+pub fn rejection(bytes: &[u8]) -> Rejection {
+    Rejection {
+        door: Door::Amqp,
+        origin: "jobs".to_owned(),
+        message_id: None,
+        job_id: None,
+        code: ErrorCode::MessageInvalid,
+        reason: "no JSON".to_owned(),
+        digest: Digest::of_bytes(bytes),
+        size_bytes: bytes.len() as u64,
+    }
+}
+
 pub async fn state(store: &dyn Store, job: JobId) -> JobState {
     store.show(job).await.expect("shown").expect("there").summary.state
 }
@@ -364,16 +378,7 @@ pub async fn dead_jobs_are_replayed_with_clean_counters(fresh: Fresh) {
 
 pub async fn a_rejection_is_written_once(fresh: Fresh) {
     let store = &*fresh.store;
-    let rejection = Rejection {
-        door: Door::Amqp,
-        origin: "jobs".to_owned(),
-        message_id: None,
-        job_id: None,
-        code: ErrorCode::MessageInvalid,
-        reason: "no JSON".to_owned(),
-        digest: Digest::of_bytes(b"{"),
-        size_bytes: 1,
-    };
+    let rejection = rejection(b"{");
     let same_bytes = Rejection { message_id: Some("other".to_owned()), ..rejection.clone() };
     for rejection in [&rejection, &rejection, &same_bytes, &same_bytes] {
         store.reject(rejection).await.expect("written");

@@ -116,9 +116,9 @@ fn unlike_now(row: &Printed) -> u64 {
 
 #[test]
 fn two_gpus_take_as_long_as_one_lets_expect() {
-    let mut checked = 0;
+    let (calibration, mut checked) = (calibration(), 0);
     for row in prefills().iter().filter(|row| row.gpus == 2) {
-        let (model, plan) = (CostModel::new(shape(&row.shape), calibration()), plan(row));
+        let (model, plan) = (CostModel::new(shape(&row.shape), calibration.clone()), plan(row));
         let cost = model.prefill(&plan, 2);
         let off = cost.seconds / row.seconds - 1.0;
         let most = (0..2).map(|rank| model.memory_of_rank(&plan, rank, 2, 1)).max().unwrap_or(0);

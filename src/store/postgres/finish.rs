@@ -52,18 +52,6 @@ ON CONFLICT DO NOTHING";
 impl Finish for PostgresStore {
     type Transaction = Transaction<'static, Postgres>;
 
-    async fn open_transaction(&self, operation: &'static str) -> Result<Self::Transaction, StoreError> {
-        self.begin(operation).await
-    }
-
-    async fn close_transaction(
-        &self,
-        operation: &'static str,
-        transaction: Self::Transaction,
-    ) -> Result<(), StoreError> {
-        self.commit(operation, transaction).await
-    }
-
     async fn end_job(
         &self,
         transaction: &mut Self::Transaction,

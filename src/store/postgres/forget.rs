@@ -3,13 +3,14 @@
 use std::time::Duration;
 
 use async_trait::async_trait;
+use sqlx::AssertSqlSafe;
 use uuid::Uuid;
 
 use super::PostgresStore;
 use super::rows::interval;
 use crate::store::StoreError;
 use crate::store::exports::WANTED_FOR;
-use crate::store::forget::{ForgetStore, Forgotten};
+use crate::store::forget::{ForgetStore, Forgotten, TABLES};
 
 /// In the order of an index, so that a batch costs the same whatever the number of jobs. `$3`: how long after a place or a folder was last heard of
 /// somebody will come for what is noted for it.
@@ -19,15 +20,6 @@ SELECT job_id FROM jobs WHERE state IN ('succeeded', 'failed', 'cancelled') AND 
     AND job_id NOT IN (SELECT job_id FROM exports JOIN export_places USING (place) WHERE seen_at > now() - $3) \
     AND job_id NOT IN (SELECT job_id FROM drop_files WHERE state = 'taken' AND NOT is_sidecar AND job_id IS NOT NULL AND seen_at > now() - $3) \
 ORDER BY enqueued_at LIMIT $2 FOR UPDATE SKIP LOCKED";
-
-const DELETE: [&str; 6] = [
-    "DELETE FROM results WHERE job_id = ANY($1)",
-    "DELETE FROM attempts WHERE job_id = ANY($1)",
-    "DELETE FROM documents WHERE job_id = ANY($1)",
-    "DELETE FROM outbox WHERE job_id = ANY($1)",
-    "DELETE FROM exports WHERE job_id = ANY($1)",
-    "DELETE FROM jobs WHERE job_id = ANY($1)",
-];
 
 const REJECTIONS: &str = "\
 DELETE FROM rejections WHERE ctid IN (SELECT ctid FROM rejections WHERE rejected_at < now() - $1 LIMIT $2 FOR UPDATE SKIP LOCKED)";
@@ -39,7 +31,8 @@ impl ForgetStore for PostgresStore {
         let mut transaction = self.begin("forget").await?;
         let old = sqlx::query_scalar(OLD).bind(interval(age)).bind(i64::from(limit)).bind(interval(WANTED_FOR));
         let old: Vec<Uuid> = old.fetch_all(&mut *transaction).await.map_err(error)?;
-        for delete in DELETE {
+        for table in TABLES {
+            let delete = AssertSqlSafe(format!("DELETE FROM {table} WHERE job_id = ANY($1)"));
             sqlx::query(delete).bind(&old).execute(&mut *transaction).await.map_err(error)?;
         }
         let rejections = sqlx::query(REJECTIONS).bind(interval(age)).bind(i64::from(limit));

@@ -49,18 +49,6 @@ const EVENT: &str = concat!(
 impl Finish for SqliteStore {
     type Transaction = Transaction<'static, Sqlite>;
 
-    async fn open_transaction(&self, operation: &'static str) -> Result<Self::Transaction, StoreError> {
-        self.begin(operation).await
-    }
-
-    async fn close_transaction(
-        &self,
-        operation: &'static str,
-        transaction: Self::Transaction,
-    ) -> Result<(), StoreError> {
-        self.commit(operation, transaction).await
-    }
-
     async fn end_job(
         &self,
         transaction: &mut Self::Transaction,

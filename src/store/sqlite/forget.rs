@@ -4,11 +4,12 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use serde_json::json;
+use sqlx::AssertSqlSafe;
 
 use super::{SqliteStore, now};
 use crate::store::StoreError;
 use crate::store::exports::WANTED_FOR;
-use crate::store::forget::{ForgetStore, Forgotten};
+use crate::store::forget::{ForgetStore, Forgotten, TABLES};
 
 /// `$3`: how long after a place or a folder was last heard of somebody will come for what is noted for it.
 const OLD: &str = concat!(
@@ -22,15 +23,6 @@ const OLD: &str = concat!(
     " - $3) ORDER BY enqueued_at LIMIT $2"
 );
 
-const DELETE: [&str; 6] = [
-    "DELETE FROM results WHERE job_id IN (SELECT value FROM json_each($1))",
-    "DELETE FROM attempts WHERE job_id IN (SELECT value FROM json_each($1))",
-    "DELETE FROM documents WHERE job_id IN (SELECT value FROM json_each($1))",
-    "DELETE FROM outbox WHERE job_id IN (SELECT value FROM json_each($1))",
-    "DELETE FROM exports WHERE job_id IN (SELECT value FROM json_each($1))",
-    "DELETE FROM jobs WHERE job_id IN (SELECT value FROM json_each($1))",
-];
-
 const REJECTIONS: &str = concat!(
     "DELETE FROM rejections WHERE rowid IN (SELECT rowid FROM rejections WHERE rejected_at <= ",
     now!(),
@@ -41,14 +33,19 @@ const REJECTIONS: &str = concat!(
 impl ForgetStore for SqliteStore {
     async fn forget(&self, age: Duration, limit: u32) -> Result<Forgotten, StoreError> {
         let error = |error| self.error("forget", error);
-        let milliseconds = |span: Duration| i64::try_from(span.as_millis()).unwrap_or(i64::MAX / 2);
         let mut transaction = self.begin("forget").await?;
-        let old = sqlx::query_scalar(OLD).bind(milliseconds(age)).bind(i64::from(limit)).bind(milliseconds(WANTED_FOR));
+        let old = sqlx::query_scalar(OLD)
+            .bind(age.as_millis() as i64)
+            .bind(i64::from(limit))
+            .bind(WANTED_FOR.as_millis() as i64);
         let old: Vec<String> = old.fetch_all(&mut *transaction).await.map_err(error)?;
-        for delete in DELETE {
-            sqlx::query(delete).bind(json!(old).to_string()).execute(&mut *transaction).await.map_err(error)?;
+        let jobs = json!(old).to_string();
+        for table in TABLES {
+            let delete =
+                AssertSqlSafe(format!("DELETE FROM {table} WHERE job_id IN (SELECT value FROM json_each($1))"));
+            sqlx::query(delete).bind(&jobs).execute(&mut *transaction).await.map_err(error)?;
         }
-        let rejections = sqlx::query(REJECTIONS).bind(milliseconds(age)).bind(i64::from(limit));
+        let rejections = sqlx::query(REJECTIONS).bind(age.as_millis() as i64).bind(i64::from(limit));
         let rejections = rejections.execute(&mut *transaction).await.map_err(error)?.rows_affected();
         self.commit("forget", transaction).await?;
         Ok(Forgotten { jobs: old.len() as u64, rejections })

@@ -143,7 +143,12 @@ impl Store for SqliteStore {
     }
 
     async fn finish(&self, lease: &Lease, report: &AttemptReport) -> Result<bool, StoreError> {
-        self.finish_attempt(*lease, report).await
+        let mut transaction = self.begin("finish").await?;
+        let ended = self.finish_attempt(&mut transaction, *lease, report).await?;
+        if ended {
+            self.commit("finish", transaction).await?;
+        }
+        Ok(ended)
     }
 
     async fn cancel(&self, job: JobId) -> Result<CancelOutcome, StoreError> {
