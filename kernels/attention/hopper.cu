@@ -342,13 +342,13 @@ DEVICE void attend(const Maps& maps, const Shape& shape, const Plan& plan, int p
 
 // Head dimension, consumers, keys a tile, stages, stages of queries.
 KERNEL(attention_hopper_128, true, true, 128, 3, 80)
-KERNEL(attention_hopper_64, true, true, 64, 2, 128)
+KERNEL(attention_hopper_64, true, true, 64, 3, 128)
 #ifdef VARIANTS
 KERNEL(hopper_128_3x80_3_stages, true, true, 128, 3, 80, 3)
 KERNEL(hopper_128_3x80_next_q, true, true, 128, 3, 80, 2, 2)
 KERNEL(hopper_128_2x128_pp_eager, true, false, 128, 2, 128)
 KERNEL(hopper_128_2x176_pp_lazy, true, true, 128, 2, 176)
-KERNEL(hopper_64_3x128, true, true, 64, 3, 128)
+KERNEL(hopper_64_2x128, true, true, 64, 2, 128)
 KERNEL(hopper_64_3x96, true, true, 64, 3, 96)
 KERNEL(hopper_64_2x160, true, true, 64, 2, 160)
 #endif

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 SECONDS_A_STEP = 60
 MAX_MAPS = 96  # as in hopper.cu
 KERNELS = {  # head dimension, consumer warpgroups, keys a tile, stages, stages of queries
-    "attention_hopper_128": (128, 3, 80, 2, 1), "attention_hopper_64": (64, 2, 128, 2, 1), "hopper_128_3x80_3_stages": (128, 3, 80, 3, 1),
+    "attention_hopper_128": (128, 3, 80, 2, 1), "attention_hopper_64": (64, 3, 128, 2, 1), "hopper_128_3x80_3_stages": (128, 3, 80, 3, 1),
     "hopper_128_3x80_next_q": (128, 3, 80, 2, 2), "hopper_128_2x128_pp_eager": (128, 2, 128, 2, 1), "hopper_128_2x176_pp_lazy": (128, 2, 176, 2, 1),
-    "hopper_64_3x128": (64, 3, 128, 2, 1), "hopper_64_3x96": (64, 3, 96, 2, 1), "hopper_64_2x160": (64, 2, 160, 2, 1),
+    "hopper_64_2x128": (64, 2, 128, 2, 1), "hopper_64_3x96": (64, 3, 96, 2, 1), "hopper_64_2x160": (64, 2, 160, 2, 1),
 }
 BF16, SWIZZLE_128, PROMOTION_128 = 9, 3, 2  # of cuTensorMapEncodeTiled
 DYNAMIC_SHARED = 8  # of cuFuncSetAttribute

@@ -38,14 +38,16 @@ def fastest(rows):
 def draw(lines, to):
     plt.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "apbd", "font.family": "sans-serif"})
     figure, axes = plt.subplots(figsize=(8, 4.5))
-    for name, line in sorted(lines.items(), key=lambda item: -item[1][max(item[1])] / max(item[1])):
+    # As they lie above each other at the longest context that all of them have.
+    common = max(set.intersection(*(set(line) for line in lines.values())))
+    for name, line in sorted(lines.items(), key=lambda item: -item[1][common]):
         tokens = sorted(line)
         axes.plot(tokens, [line[n] for n in tokens], marker="o", label=name, linestyle="--" if "transformers" in name else "-")
     ticks = sorted({n for line in lines.values() for n in line})
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(ticks, [f"{n >> 20}M" if n >> 20 else f"{n >> 10}K" for n in ticks])
-    seconds = [0.5, 1, 2, 5, 10, 20, 40]
+    seconds = [0.5, 1, 2, 5, 10, 20, 50, 100, 200]
     axes.set_yticks(seconds, [f"{n:g}" for n in seconds])
     axes.minorticks_off()
     axes.set_xlabel("tokens")

@@ -151,10 +151,10 @@ pub(super) fn check_head_dim(head_dim: usize) -> Result<(), BackendError> {
 }
 
 fn hopper_kernel(modules: &Modules, head_dim: usize) -> Result<Kernel, BackendError> {
-    let stages = 2;
-    let (name, rows, keys) = match head_dim {
-        128 => ("attention_hopper_128", 192, 80),
-        _ => ("attention_hopper_64", 128, 128),
+    let (rows, stages) = (192, 2);
+    let (name, keys) = match head_dim {
+        128 => ("attention_hopper_128", 80),
+        _ => ("attention_hopper_64", 128),
     };
     // Query tile, rings of keys and values, barriers.
     let shared = rows * head_dim * 2 + 2 * stages * keys * head_dim * 2 + 1024;

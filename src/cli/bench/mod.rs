@@ -99,6 +99,9 @@ struct Options {
     /// Runs of each; the median counts.
     #[arg(long, value_name = "N", default_value_t = 3)]
     repeats: usize,
+    /// One run alone, not warmed up, without the shares of the stages: for prefills of minutes (prefill).
+    #[arg(long, conflicts_with = "repeats")]
+    once: bool,
     /// How to print.
     #[arg(long, value_enum, default_value_t = Format::Table)]
     format: Format,

@@ -31,18 +31,24 @@ fn one(options: &Options, engine: &CudaEngine, plan: &crate::plan::PrefillPlan) 
     let (context, query) =
         (random_tokens(plan.context, engine.spec().vocab), random_tokens(plan.query, engine.spec().vocab));
     let job = Job { context: &context, query: &query, plan, new_tokens: 1 };
-    let run = || engine.run(&job, &mut OnlyPrefill).map_err(engine_failed);
+    let run = || Ok(engine.run(&job, &mut OnlyPrefill).map_err(engine_failed)?.prefill.as_secs_f64());
     let backends: Vec<_> = engine.devices().backends().take(plan.active_ranks(options.gpus())).collect();
     backends.iter().for_each(|backend| backend.watch_memory());
-    run()?;
+    let cold = run()?;
     let peak = backends.iter().map(|backend| backend.peak_bytes()).max().unwrap_or(0) as f64 / f64::from(1 << 30);
-    let times = (0..options.repeats).map(|_| Ok(run()?.prefill.as_secs_f64())).collect::<Result<Vec<_>, CliError>>()?;
-    let seconds = median(times);
+    let seconds = match options.once {
+        true => cold,
+        false => median((0..options.repeats).map(|_| run()).collect::<Result<_, CliError>>()?),
+    };
     let mut row = row(options, plan);
     row["what"] = json!("prefill");
     row.insert("seconds".to_owned(), rounded(seconds, 4));
     row.insert("tokens_s".to_owned(), rounded(plan.context as f64 / seconds, 0));
     row.insert("peak_gib".to_owned(), rounded(peak, 2));
+    if options.once {
+        row.insert("once".to_owned(), json!(true));
+        return Ok(vec![row]);
+    }
     backends.iter().try_for_each(|backend| backend.start_profile()).map_err(failed)?;
     run()?;
     let shares = backends.iter().map(|backend| Share::of(backend)).collect::<Result<Vec<_>, _>>().map_err(failed)?;

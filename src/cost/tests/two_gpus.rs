@@ -1,7 +1,7 @@
 //! Predictions for two GPUs from what one of them took, against what two H200 took.
 //!
-//! The rates are those of full attention on one of the two (32K to 128K), of its copies and of one token; of attention over segments, and of the links, those of
-//! [`Calibration::h100`]. All that ran on two GPUs is a prediction.
+//! The rates are those of full attention of one model on one of the two (32K to 128K), of its copies and of one token; of attention over segments, and of the
+//! links, those of [`Calibration::h100`]. All else is a prediction: all that ran on two GPUs, and of one longer contexts and other models.
 
 use serde::Deserialize;
 
@@ -14,10 +14,11 @@ const TWO_H200: &str = include_str!("../../../tests/bench/results/h200x2/summary
 /// Of which one of the two was measured alone.
 const CALIBRATED: &str = "llama-3.1-8b";
 
-/// How far a prefill on two GPUs may be off.
-const TOLERANCE: f64 = 0.09;
-/// The same from 128K tokens on, where less of it is what no rate says.
-const LONG: f64 = 0.03;
+/// How far a prefill may be off.
+const TOLERANCE: f64 = 0.10;
+/// The same from 128K tokens on, where less of it is what no rate says: of two cards with the same work the second took 2 to 4 % longer for every stage, and the
+/// rates are of the first.
+const LONG: f64 = 0.045;
 /// Of star: an anchor as long as its block goes at the pace of causal attention, where the model has that of many segments.
 const STAR: f64 = 0.06;
 /// How far memory may be off.
@@ -41,6 +42,8 @@ struct Printed {
     overlap: bool,
     copy_gb_s: Option<f64>,
     seconds: f64,
+    /// A run alone, of which no stages are known.
+    once: bool,
     peak_gib: f64,
     qkv_ms: f64,
     attention_ms: f64,
@@ -76,6 +79,11 @@ fn plan(row: &Printed) -> PrefillPlan {
     PrefillPlan::new(row.tokens, 64, 0, &request, capabilities).expect("a plan")
 }
 
+/// Whether the rates are of it.
+fn is_calibrated_by(row: &Printed) -> bool {
+    row.gpus == 1 && row.shape == CALIBRATED && !row.once
+}
+
 /// The rates of one of the two.
 fn calibration() -> Calibration {
     let figure = |row: &Printed| PrefillFigure {
@@ -91,7 +99,7 @@ fn calibration() -> Calibration {
             ..Stages::default()
         },
     };
-    let prefill = prefills().iter().filter(|row| row.gpus == 1 && row.shape == CALIBRATED).map(figure).collect();
+    let prefill = prefills().iter().filter(|row| is_calibrated_by(row)).map(figure).collect();
     let copy_gb_s = printed().iter().find_map(|row| row.copy_gb_s);
     let alone = |row: &Printed| row.what == "decode" && row.gpus == 1;
     let step = |row: &Printed| DecodeFigure {
@@ -115,15 +123,16 @@ fn unlike_now(row: &Printed) -> u64 {
 }
 
 #[test]
-fn two_gpus_take_as_long_as_one_lets_expect() {
+fn prefills_take_as_long_as_those_of_one_gpu_let_expect() {
     let (calibration, mut checked) = (calibration(), 0);
-    for row in prefills().iter().filter(|row| row.gpus == 2) {
+    for row in prefills().iter().filter(|row| !is_calibrated_by(row)) {
         let (model, plan) = (CostModel::new(shape(&row.shape), calibration.clone()), plan(row));
-        let cost = model.prefill(&plan, 2);
+        let cost = model.prefill(&plan, row.gpus);
         let off = cost.seconds / row.seconds - 1.0;
-        let most = (0..2).map(|rank| model.memory_of_rank(&plan, rank, 2, 1)).max().unwrap_or(0);
+        let most = (0..row.gpus).map(|rank| model.memory_of_rank(&plan, rank, row.gpus, 1)).max().unwrap_or(0);
         let gib = (most + model.shape.weight_bytes() - unlike_now(row)) as f64 / f64::from(1 << 30);
-        let what = format!("{} {:?} {} hosts {} {:?}", row.shape, row.attention, row.tokens, row.hosts, row.placement);
+        let Printed { shape, tokens, hosts, gpus, placement, .. } = row;
+        let what = format!("{shape} {:?} {tokens} hosts {hosts} {placement:?} gpus {gpus}", row.attention);
         println!(
             "{what}: predicted {:.3} s, measured {:.3}, {:+.1} %; {gib:.2} GiB, measured {}",
             cost.seconds,
@@ -144,7 +153,7 @@ fn two_gpus_take_as_long_as_one_lets_expect() {
         );
         checked += 1;
     }
-    assert!(checked >= 35, "{checked}");
+    assert!(checked >= 49, "{checked}");
 }
 
 #[test]
