@@ -10,7 +10,7 @@ use crate::plan::{Execution, PassingType, Placement};
 #[derive(Debug, Clone, clap::Args)]
 pub(super) struct ExecutionArgs {
     /// Which hosts share a rank: neighbours, or early ones with late ones, which evens out the ranks' work.
-    #[arg(long, value_enum, default_value_t = PlacementName::Contiguous)]
+    #[arg(long, value_enum, default_value_t = PlacementName::Paired)]
     pub placement: PlacementName,
     /// Whether blocks of other ranks are awaited while a rank's own are attended to.
     #[arg(long, value_enum, default_value_t = Switch::On)]
@@ -88,7 +88,7 @@ mod tests {
         assert_eq!(parsed(&[]), Execution::default());
         let all = parsed(&[
             "--placement",
-            "paired",
+            "contiguous",
             "--overlap",
             "off",
             "--passing-type",
@@ -97,7 +97,7 @@ mod tests {
             "on",
         ]);
         let expected = Execution {
-            placement: Placement::Paired,
+            placement: Placement::Contiguous,
             overlap: false,
             passing_type: PassingType::Fp8,
             query_with_context: true,

@@ -10,10 +10,10 @@ use serde::{Deserialize, Serialize};
 #[serde(rename_all = "kebab-case")]
 pub enum Placement {
     /// Neighbours: each rank has a run of hosts.
-    #[default]
     Contiguous,
     /// Dealt to and fro, the last host first: with 2R hosts on R ranks, rank r has hosts r and 2R-1-r. Later hosts see more,
     /// so that this evens out what the ranks have to do.
+    #[default]
     Paired,
 }
 

@@ -187,9 +187,7 @@ proptest! {
 
     #[test]
     fn paired_hosts_have_about_the_same_before_them_on_every_rank(hosts in 1usize..60, ranks in 1usize..12) {
-        let execution = Execution { placement: Placement::Paired, ..Execution::default() };
-        let request = AttentionRequest { execution, ..request(AttentionMode::Ring, hosts, None, None) };
-        let plan = PrefillPlan::new(hosts * 4, 1, 0, &request, CAPABILITIES).unwrap();
+        let plan = PrefillPlan::new(hosts * 4, 1, 0, &request(AttentionMode::Ring, hosts, None, None), CAPABILITIES).unwrap();
         let seen = |rank| plan.hosts_of(rank, ranks).iter().map(|host| host + 1).sum::<usize>();
         let work: Vec<usize> = (0..plan.active_ranks(ranks)).map(seen).collect();
         // Ranks that have no partner for their last host differ by it; rounds that are complete differ by nothing.
@@ -322,7 +320,7 @@ fn requests_and_plans_of_before_there_were_options_of_execution_still_parse() {
     let mut plan = serde_json::to_value(apb(100, 3, 0, 2, 4, 2)).unwrap();
     plan.as_object_mut().unwrap().remove("execution").unwrap();
     assert_eq!(serde_json::from_value::<PrefillPlan>(plan).unwrap(), apb(100, 3, 0, 2, 4, 2));
-    let partly: Execution = serde_json::from_str(r#"{"placement": "paired"}"#).unwrap();
-    assert_eq!(partly, Execution { placement: Placement::Paired, ..Execution::default() });
-    assert!(serde_json::from_str::<Execution>(r#"{"placing": "paired"}"#).is_err());
+    let partly: Execution = serde_json::from_str(r#"{"placement": "contiguous"}"#).unwrap();
+    assert_eq!(partly, Execution { placement: Placement::Contiguous, ..Execution::default() });
+    assert!(serde_json::from_str::<Execution>(r#"{"placing": "contiguous"}"#).is_err());
 }

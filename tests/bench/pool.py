@@ -85,11 +85,13 @@ class Pool:
         return rows
 
     def parity(self):
-        apb = ["--attention", "apb", "--hosts", "8", "--anchor", "128", "--passing", "64", "--query-at", "16"]
-        cases = {"full": ["--attention", "full"], "ring": ["--attention", "ring", "--hosts", "8"], "ulysses": ["--attention", "ulysses", "--hosts", "8"],
-                 "star": ["--attention", "star", "--hosts", "8"], "apb": apb, "apb-query-aware": [*apb, "--selector", "query-aware"],
-                 "apb-paired": [*apb, "--placement", "paired"], "apb-no-overlap": [*apb, "--overlap", "off"], "apb-fp8": [*apb, "--passing-type", "fp8"],
-                 "ring-paired": ["--attention", "ring", "--hosts", "16", "--placement", "paired"]}
+        paired = ["--attention", "apb", "--hosts", "8", "--anchor", "128", "--passing", "64", "--query-at", "16"]
+        neighbours = ["--placement", "contiguous"]
+        apb = [*paired, *neighbours]
+        cases = {"full": ["--attention", "full"], "ring": ["--attention", "ring", "--hosts", "8", *neighbours], "ulysses": ["--attention", "ulysses", "--hosts", "8", *neighbours],
+                 "star": ["--attention", "star", "--hosts", "8", *neighbours], "apb": apb, "apb-query-aware": [*apb, "--selector", "query-aware"],
+                 "apb-paired": paired, "apb-no-overlap": [*apb, "--overlap", "off"], "apb-fp8": [*apb, "--passing-type", "fp8"],
+                 "ring-paired": ["--attention", "ring", "--hosts", "16"]}
         return [Run(f"parity-{name}", lambda options=options: self.parity_of(options), 60) for name, options in cases.items()]
 
     # Twenty documents end to end: pieces of the fixture's documents, summarised on one GPU and on all.
@@ -127,11 +129,10 @@ class Pool:
         exact = 9
         yield "full-1", ["--attention", "full"], 1, exact
         for ranks in counts or self.counts:
-            def on(attention, hosts, *more):
-                return ["--attention", attention, "--ranks", ranks, "--hosts", hosts, *more], ranks
-            balanced = ["--placement", "paired"]
+            def on(attention, hosts, *more, placement="contiguous"):
+                return ["--attention", attention, "--ranks", ranks, "--hosts", hosts, "--placement", placement, *more], ranks
             yield f"ring-{ranks}", *on("ring", ranks), 4 / 3 * exact
-            yield f"ring-paired-{ranks}", *on("ring", 2 * ranks, *balanced), exact
+            yield f"ring-paired-{ranks}", *on("ring", 2 * ranks, placement="paired"), exact
             yield f"ulysses-{ranks}", *on("ulysses", ranks), exact
             yield f"star-{ranks}", *on("star", ranks), 4 * exact / ranks
             yield f"apb-{ranks}", *on("apb", ranks), 14 / ranks
@@ -139,7 +140,7 @@ class Pool:
             hosts = max(8, 2 * ranks)
             yield f"apb-hosts-{ranks}", *on("apb", hosts), 14 / hosts
             yield f"apb-hosts-no-overlap-{ranks}", *on("apb", hosts, "--overlap", "off"), 14 / hosts
-            yield f"apb-paired-{ranks}", *on("apb", hosts, *balanced), 14 / hosts
+            yield f"apb-paired-{ranks}", *on("apb", hosts, placement="paired"), 14 / hosts
 
     @staticmethod
     def expected(ranks, attention, tokens):
@@ -160,7 +161,7 @@ class Pool:
         runs = []
         for tokens in LONG:
             ranks, hosts = self.counts[-1], thousands(tokens) // 32
-            options = ["--attention", "apb", "--ranks", ranks, "--hosts", hosts, "--placement", "paired"]
+            options = ["--attention", "apb", "--ranks", ranks, "--hosts", hosts]
             blocks = [(f"apb-32k-blocks-{ranks}", options, ranks, 14 / 8)] if hosts > 8 else []
             for name, options, ranks, attention in [*self.strategies(self.counts[-1:]), *blocks]:
                 if "no-overlap" in name:

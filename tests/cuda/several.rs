@@ -56,8 +56,8 @@ fn open(model: &str, devices: &[usize]) -> CudaEngine {
     CudaEngine::open(&fixture(model), &options).unwrap()
 }
 
-fn paired(request: &AttentionRequest) -> AttentionRequest {
-    let execution = Execution { placement: Placement::Paired, overlap: false, ..request.execution };
+fn contiguous(request: &AttentionRequest) -> AttentionRequest {
+    let execution = Execution { placement: Placement::Contiguous, overlap: false, ..request.execution };
     AttentionRequest { execution, ..request.clone() }
 }
 
@@ -89,8 +89,8 @@ fn strategies(gpus: usize) {
         let several = open(MODEL, &(0..ranks).collect::<Vec<_>>());
         assert!(several.info().device.starts_with(&format!("{ranks} x cuda")), "{}", several.info().device);
         for (expected, request) in &expected {
-            // With three the hosts do not divide; with the others they are dealt to and fro.
-            let request = if ranks == 3 { request.clone() } else { paired(request) };
+            // With three the hosts do not divide.
+            let request = if ranks == 3 { contiguous(request) } else { request.clone() };
             let got = run(&several, job, &request, Some(&expected.chosen));
             compare(&format!("{ranks} GPUs, {request:?}"), &got, expected);
         }

@@ -113,7 +113,7 @@ fn exact_strategies_do_the_work_of_full_attention_whatever_their_ranks() {
 fn pairs_of_hosts_balance_the_ranks() {
     let model = CostModel::new(llama(), Calibration::h100());
     for mode in [AttentionMode::Ring, AttentionMode::Apb] {
-        let contiguous = plan(mode, 256 * K, 16);
+        let contiguous = placed(plan(mode, 256 * K, 16), Placement::Contiguous);
         let paired = placed(contiguous.clone(), Placement::Paired);
         let seconds = |plan: &PrefillPlan| model.prefill(plan, 8).seconds;
         assert!(seconds(&paired) < 0.95 * seconds(&contiguous), "{mode:?}");

@@ -39,7 +39,8 @@ pub(super) struct Args {
     /// Attention strategies; by default all, and for a mix what the daemon would take.
     #[arg(long, value_enum, value_delimiter = ',')]
     attention: Vec<StrategyName>,
-    /// Hosts; by default as many as there are GPUs (paired: twice as many), for star and APB at least 8 and blocks of 64K tokens at most.
+    /// Hosts; by default for star and APB 8, or what makes blocks of 64K tokens, or as many as there are GPUs; for ring and Ulysses as many as there are GPUs
+    /// (paired: twice as many); for a mix what the daemon would take.
     #[arg(long, value_name = "N")]
     hosts: Option<usize>,
     /// Anchor length; by default the paper's for the context.
@@ -155,19 +156,21 @@ impl Args {
         Ok(CostModel::new(self.shape.cost_shape(self.head_width, is_fp8), calibration))
     }
 
-    /// How a context of `tokens` tokens is cut for `ranks` ranks; `None`: as `auto` cuts it.
+    /// How a context of `tokens` tokens is cut for `ranks` ranks; `None`: as the daemon cuts it where a job leaves it open.
     fn plan(&self, mode: Option<AttentionMode>, tokens: usize, ranks: usize) -> Result<PrefillPlan, PlanError> {
         let execution = self.execution.of_plan();
-        let of_ranks = if execution.placement == Placement::Paired && ranks > 1 { 2 * ranks } else { ranks };
-        let hosts = self.hosts.unwrap_or(match mode {
-            Some(AttentionMode::Full) => 1,
-            Some(AttentionMode::Ring | AttentionMode::Ulysses) => of_ranks,
-            _ => of_ranks.max(hosts_for(tokens)),
+        let in_pairs = execution.placement == Placement::Paired && ranks > 1;
+        let hosts = self.hosts.or(match mode {
+            None => None,
+            Some(AttentionMode::Full) => Some(1),
+            Some(AttentionMode::Ring | AttentionMode::Ulysses) if in_pairs => Some(2 * ranks),
+            Some(AttentionMode::Ring | AttentionMode::Ulysses) => Some(ranks),
+            Some(AttentionMode::Star | AttentionMode::Apb) => Some(ranks.max(hosts_for(tokens))),
         });
         let is_apb = matches!(mode, None | Some(AttentionMode::Apb));
         let request = AttentionRequest {
             mode,
-            hosts: Some(hosts),
+            hosts,
             anchor: self.anchor.filter(|_| !mode.is_some_and(AttentionMode::is_exact)),
             passing: self.passing.filter(|_| is_apb),
             execution,
