@@ -15,12 +15,13 @@ const TWO_H200: &str = include_str!("../../../tests/bench/results/h200x2/summary
 const CALIBRATED: &str = "llama-3.1-8b";
 
 /// How far a prefill may be off.
-const TOLERANCE: f64 = 0.10;
-/// The same from 128K tokens on, where less of it is what no rate says: of two cards with the same work the second took 2 to 4 % longer for every stage, and the
-/// rates are of the first.
-const LONG: f64 = 0.045;
+const TOLERANCE: f64 = 0.09;
+/// The same from 128K tokens on, where less of it is what no rate says.
+const LONG: f64 = 0.03;
 /// Of star: an anchor as long as its block goes at the pace of causal attention, where the model has that of many segments.
 const STAR: f64 = 0.06;
+/// What two GPUs may take beyond that: of those of the later runs the second needed 1 to 7 % longer for the same products, and the rates are of one.
+const SLOWER_CARD: f64 = 0.015;
 /// How far memory may be off.
 const MEMORY: f64 = 0.005;
 /// How far a token on two GPUs may be off.
@@ -145,7 +146,9 @@ fn prefills_take_as_long_as_those_of_one_gpu_let_expect() {
             Some(AttentionMode::Star) => STAR,
             _ => LONG,
         };
-        assert!(off.abs() <= tolerance, "{what}: predicted {:.3} s, measured {:.3}", cost.seconds, row.seconds);
+        let slower = if row.gpus == 2 && row.anchor.is_some() { SLOWER_CARD } else { 0.0 };
+        let is_near = (-tolerance - slower..=tolerance).contains(&off);
+        assert!(is_near, "{what}: predicted {:.3} s, measured {:.3}", cost.seconds, row.seconds);
         assert!(
             (gib / row.peak_gib - 1.0).abs() <= MEMORY,
             "{what}: predicted {gib:.2} GiB, measured {}",

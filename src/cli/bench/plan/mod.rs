@@ -39,7 +39,7 @@ pub(super) struct Args {
     /// Attention strategies; by default all, and for a mix what the daemon would take.
     #[arg(long, value_enum, value_delimiter = ',')]
     attention: Vec<StrategyName>,
-    /// Hosts; by default for star and APB 8, or what makes blocks of 64K tokens, or as many as there are GPUs; for ring and Ulysses as many as there are GPUs
+    /// Hosts; by default for star and APB the most of 8, of what makes blocks of 64K tokens, and of the GPUs; for ring and Ulysses as many as there are GPUs
     /// (paired: twice as many); for a mix what the daemon would take.
     #[arg(long, value_name = "N")]
     hosts: Option<usize>,
