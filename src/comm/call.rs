@@ -8,13 +8,13 @@ use serde::{Deserialize, Serialize};
 
 use super::CommError;
 
-/// Which collective a rank called, with the sizes that have to agree.
+/// Which collective a rank called, with the sizes that have to agree; `cols` has the columns of each of its matrices.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum Call {
-    AllGather { counts: Vec<usize>, cols: usize },
-    AllGatherScores { counts: Vec<usize>, cols: usize },
-    AllToAll { send: Vec<usize>, receive: Vec<usize>, cols: usize },
+    AllGather { counts: Vec<usize>, cols: Vec<usize> },
+    AllGatherPartials { counts: Vec<usize>, cols: Vec<usize> },
+    AllToAll { send: Vec<usize>, receive: Vec<usize>, cols: Vec<usize> },
     Broadcast { root: usize },
     Barrier,
 }
@@ -38,37 +38,44 @@ impl Unfit {
     }
 }
 
-/// One count for each of `size` ranks, and no more rows in all than there are.
-fn fitting(op: &'static str, size: usize, rows: usize, counts: &[usize]) -> Result<Vec<usize>, Unfit> {
+/// One count for each of `size` ranks, and no more rows in all than there are in any of the matrices.
+fn fitting(op: &'static str, size: usize, matrices: &[Dimensions], counts: &[usize]) -> Result<Vec<usize>, Unfit> {
+    let rows = matrices.iter().map(|(rows, _)| *rows).min().unwrap_or(0);
     if counts.len() != size || counts.iter().sum::<usize>() > rows {
         return Err(Unfit { op, expected: format!("{size} counts for {rows} rows"), got: format!("{counts:?}") });
     }
     Ok(counts.to_vec())
 }
 
+fn cols(matrices: &[Dimensions]) -> Vec<usize> {
+    matrices.iter().map(|(_, cols)| *cols).collect()
+}
+
 impl Call {
-    /// An all-gather of `counts` rows of each of `size` ranks, in a matrix of these dimensions.
-    pub(super) fn all_gather(size: usize, (rows, cols): Dimensions, counts: &[usize]) -> Result<Self, Unfit> {
-        Ok(Self::AllGather { counts: fitting("all-gather", size, rows, counts)?, cols })
+    /// An all-gather of `counts` rows of each of `size` ranks, in matrices of these dimensions.
+    pub(super) fn all_gather(size: usize, matrices: &[Dimensions], counts: &[usize]) -> Result<Self, Unfit> {
+        Ok(Self::AllGather { counts: fitting("all-gather", size, matrices, counts)?, cols: cols(matrices) })
     }
 
-    /// The same of scores.
-    pub(super) fn all_gather_scores(size: usize, (rows, cols): Dimensions, counts: &[usize]) -> Result<Self, Unfit> {
-        Ok(Self::AllGatherScores { counts: fitting("all-gather of scores", size, rows, counts)?, cols })
+    /// The same of partial results and their log-sum-exps.
+    pub(super) fn all_gather_partials(size: usize, both: &[Dimensions], counts: &[usize]) -> Result<Self, Unfit> {
+        let counts = fitting("all-gather of partial results", size, both, counts)?;
+        Ok(Self::AllGatherPartials { counts, cols: cols(both) })
     }
 
-    /// An all-to-all among `size` ranks, from one matrix to another, each with its counts.
+    /// An all-to-all among `size` ranks, from matrices to as many others, each with its counts.
     pub(super) fn all_to_all(
         size: usize,
-        ((send_rows, cols), send_counts): (Dimensions, &[usize]),
-        ((receive_rows, receive_cols), receive_counts): (Dimensions, &[usize]),
+        (sent, send_counts): (&[Dimensions], &[usize]),
+        (received, receive_counts): (&[Dimensions], &[usize]),
     ) -> Result<Self, Unfit> {
         let op = "all-to-all";
-        let send = fitting(op, size, send_rows, send_counts)?;
-        let receive = fitting(op, size, receive_rows, receive_counts)?;
+        let send = fitting(op, size, sent, send_counts)?;
+        let receive = fitting(op, size, received, receive_counts)?;
+        let (cols, receive_cols) = (cols(sent), cols(received));
         if receive_cols != cols {
-            let got = format!("rows of {receive_cols} to receive");
-            return Err(Unfit { op, expected: format!("rows of {cols}, as are sent"), got });
+            let got = format!("rows of {receive_cols:?} to receive");
+            return Err(Unfit { op, expected: format!("rows of {cols:?}, as are sent"), got });
         }
         Ok(Self::AllToAll { send, receive, cols })
     }
@@ -85,7 +92,7 @@ impl Call {
     pub(super) fn op(&self) -> &'static str {
         match self {
             Call::AllGather { .. } => "all-gather",
-            Call::AllGatherScores { .. } => "all-gather of scores",
+            Call::AllGatherPartials { .. } => "all-gather of partial results",
             Call::AllToAll { .. } => "all-to-all",
             Call::Broadcast { .. } => "broadcast",
             Call::Barrier => "barrier",
@@ -107,11 +114,11 @@ impl Call {
 impl fmt::Display for Call {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Call::AllGather { counts, cols } | Call::AllGatherScores { counts, cols } => {
-                write!(f, "{} of {counts:?} rows of {cols}", self.op())
+            Call::AllGather { counts, cols } | Call::AllGatherPartials { counts, cols } => {
+                write!(f, "{} of {counts:?} rows of {cols:?}", self.op())
             }
             Call::AllToAll { send, receive, cols } => {
-                write!(f, "all-to-all sending {send:?} and receiving {receive:?} rows of {cols}")
+                write!(f, "all-to-all sending {send:?} and receiving {receive:?} rows of {cols:?}")
             }
             Call::Broadcast { root } => write!(f, "broadcast from {root}"),
             Call::Barrier => write!(f, "barrier"),

@@ -43,7 +43,7 @@ macro_rules! with_functions {
     ($then:ident) => {
         $then! {
             all_gather_puts_the_rows_of_every_rank_in_order: 1,
-            all_gather_of_scores_puts_the_rows_of_every_rank_in_order: 1,
+            all_gather_of_partial_results_puts_the_rows_of_every_rank_in_order: 1,
             a_full_turn_of_the_ring_brings_everything_to_everybody: 1,
             an_all_to_all_brings_every_rank_what_the_others_have_for_it: 1,
             collectives_in_flight_together_keep_apart: 2,
@@ -77,7 +77,7 @@ pub(crate) use with_functions;
 #[derive(Debug, Clone, Copy)]
 enum Op {
     AllGather,
-    Scores,
+    Partials,
     Rotate,
     AllToAll,
     Broadcast,
@@ -86,7 +86,7 @@ enum Op {
 /// What a rank, whose number is the last argument, does.
 type Body<R> = fn(&R, &<R as Ranks>::C, usize) -> Result<(), CommError>;
 
-const OPS: [Op; 6] = [Op::AllGather, Op::Scores, Op::Rotate, Op::AllToAll, Op::Broadcast, Op::Barrier];
+const OPS: [Op; 6] = [Op::AllGather, Op::Partials, Op::Rotate, Op::AllToAll, Op::Broadcast, Op::Barrier];
 
 /// Runs `body` on every rank, each on its own thread, and returns what they returned; nothing if there can not be so many ranks.
 fn on_all<R: Ranks, T: Send>(
@@ -127,21 +127,32 @@ fn before_gather(turn: usize, rank: usize, counts: &[usize], cols: usize) -> Vec
     values
 }
 
-fn check_all_gather<R: Ranks>(ranks: &R, comm: &R::C, turn: usize, counts: &[usize], cols: usize) {
-    let rows = counts.iter().sum::<usize>() + 1;
-    let matrix = ranks.matrix(comm, rows, cols, &before_gather(turn, comm.rank(), counts, cols));
-    let matrix = comm.all_gather(matrix, counts).and_then(|pending| comm.finish(pending)).expect("all-gather");
-    let values = ranks.matrix_values(comm, &matrix);
-    let (taken, spare) = values.split_at((rows - 1) * cols);
-    assert_eq!(taken, gathered(turn, counts, cols), "rank {}", comm.rank());
+fn check_gathered(rank: usize, values: &[f32], turn: usize, counts: &[usize], cols: usize) {
+    let (taken, spare) = values.split_at(counts.iter().sum::<usize>() * cols);
+    assert_eq!(taken, gathered(turn, counts, cols), "rank {rank}");
     assert!(spare.iter().all(|&v| v == 7.0), "rows beyond the counts were written: {spare:?}");
 }
 
-fn check_scores<R: Ranks>(ranks: &R, comm: &R::C, turn: usize, counts: &[usize], cols: usize) {
-    let rows = counts.iter().sum::<usize>() + 1;
-    let mut scores = ranks.scores(comm, rows, cols, &before_gather(turn, comm.rank(), counts, cols));
-    comm.all_gather_scores(&mut scores, counts).expect("all-gather of scores");
-    assert_eq!(ranks.scores_values(comm, &scores)[..(rows - 1) * cols], gathered(turn, counts, cols));
+/// One matrix, and two of different widths that go together.
+fn check_all_gather<R: Ranks>(ranks: &R, comm: &R::C, turn: usize, counts: &[usize], cols: usize) {
+    let (rank, rows) = (comm.rank(), counts.iter().sum::<usize>() + 1);
+    let matrix = |turn, cols| ranks.matrix(comm, rows, cols, &before_gather(turn, rank, counts, cols));
+    let alone = comm.all_gather([matrix(turn, cols)], counts).and_then(|pending| comm.finish(pending));
+    let both = [matrix(turn + 1, 2 * cols), matrix(turn + 2, cols)];
+    let both = comm.all_gather(both, counts).and_then(|pending| comm.finish(pending));
+    let ([alone], [wide, narrow]) = (alone.expect("all-gather"), both.expect("all-gather of two"));
+    for (matrix, turn, cols) in [(alone, turn, cols), (wide, turn + 1, 2 * cols), (narrow, turn + 2, cols)] {
+        check_gathered(rank, &ranks.matrix_values(comm, &matrix), turn, counts, cols);
+    }
+}
+
+fn check_partials<R: Ranks>(ranks: &R, comm: &R::C, turn: usize, counts: &[usize], cols: usize) {
+    let (rank, rows) = (comm.rank(), counts.iter().sum::<usize>() + 1);
+    let mut parts = ranks.matrix(comm, rows, 4 * cols, &before_gather(turn, rank, counts, 4 * cols));
+    let mut lse = ranks.scores(comm, rows, cols, &before_gather(turn + 1, rank, counts, cols));
+    comm.all_gather_partials(&mut parts, &mut lse, counts).expect("all-gather of partial results");
+    check_gathered(rank, &ranks.matrix_values(comm, &parts), turn, counts, 4 * cols);
+    check_gathered(rank, &ranks.scores_values(comm, &lse), turn + 1, counts, cols);
 }
 
 fn check_rotate<R: Ranks>(ranks: &R, comm: &R::C, turn: usize, counts: &[usize], cols: usize) {
@@ -150,8 +161,8 @@ fn check_rotate<R: Ranks>(ranks: &R, comm: &R::C, turn: usize, counts: &[usize],
     let rows = counts[rank].max(counts[previous]);
     let sent: Vec<f32> = (0..rows * cols).map(|i| value(turn, rank, i)).collect();
     let [send, receive] = [&sent, &vec![7.0; rows * cols]].map(|values| ranks.matrix(comm, rows, cols, values));
-    let exchange = comm.rotate(send, counts[rank], receive, counts[previous]).expect("rotate");
-    let (_, received) = comm.finish_all_to_all(exchange).expect("rotate");
+    let exchange = comm.rotate([send], counts[rank], [receive], counts[previous]).expect("rotate");
+    let (_, [received]) = comm.finish_all_to_all(exchange).expect("rotate");
     let values = ranks.matrix_values(comm, &received);
     let wanted: Vec<f32> = (0..counts[previous] * cols).map(|i| value(turn, previous, i)).collect();
     assert_eq!(values[..wanted.len()], wanted, "rank {rank}");
@@ -162,20 +173,25 @@ fn check_all_to_all<R: Ranks>(ranks: &R, comm: &R::C, turn: usize, counts: &[Vec
     let (rank, size) = (comm.rank(), comm.size());
     let (send_counts, receive_counts) = (&counts[rank], (0..size).map(|from| counts[from][rank]).collect::<Vec<_>>());
     let (sends, receives) = (send_counts.iter().sum::<usize>(), receive_counts.iter().sum::<usize>());
-    let sent: Vec<f32> = (0..(sends + 1) * cols).map(|i| value(turn, rank, i)).collect();
-    let send = ranks.matrix(comm, sends + 1, cols, &sent);
-    // A spare row at the end that nobody may touch.
-    let receive = ranks.matrix(comm, receives + 1, cols, &vec![7.0; (receives + 1) * cols]);
+    // Three matrices, of different widths; each receives to a spare row at its end that nobody may touch.
+    let kinds = [(turn, cols), (turn + 1, 2 * cols), (turn + 2, cols)];
+    let send = kinds.map(|(turn, cols)| {
+        let values: Vec<f32> = (0..(sends + 1) * cols).map(|i| value(turn, rank, i)).collect();
+        ranks.matrix(comm, sends + 1, cols, &values)
+    });
+    let receive = kinds.map(|(_, cols)| ranks.matrix(comm, receives + 1, cols, &vec![7.0; (receives + 1) * cols]));
     let exchange = comm.all_to_all(send, send_counts, receive, &receive_counts).expect("all-to-all");
     let (_, received) = comm.finish_all_to_all(exchange).expect("all-to-all");
-    let wanted = (0..size).flat_map(|from| {
-        let first: usize = counts[from][..rank].iter().sum();
-        (first * cols..(first + counts[from][rank]) * cols).map(move |i| value(turn, from, i))
-    });
-    let values = ranks.matrix_values(comm, &received);
-    let (taken, spare) = values.split_at(receives * cols);
-    assert_eq!(taken, wanted.collect::<Vec<_>>(), "rank {rank}");
-    assert!(spare.iter().all(|&v| v == 7.0), "rows beyond the counts were written: {spare:?}");
+    for (matrix, (turn, cols)) in received.iter().zip(kinds) {
+        let wanted = (0..size).flat_map(|from| {
+            let first: usize = counts[from][..rank].iter().sum();
+            (first * cols..(first + counts[from][rank]) * cols).map(move |i| value(turn, from, i))
+        });
+        let values = ranks.matrix_values(comm, matrix);
+        let (taken, spare) = values.split_at(receives * cols);
+        assert_eq!(taken, wanted.collect::<Vec<_>>(), "rank {rank}");
+        assert!(spare.iter().all(|&v| v == 7.0), "rows beyond the counts were written: {spare:?}");
+    }
 }
 
 fn check_broadcast<C: Comm<M, S>, M, S>(comm: &C, turn: usize, root: usize) {
@@ -190,16 +206,19 @@ fn call<R: Ranks>(ranks: &R, comm: &R::C, op: Op) -> Result<(), CommError> {
     let rows = comm.size() * 2;
     let done = match op {
         Op::AllGather => {
-            comm.all_gather(ranks.matrix(comm, rows, 4, &elements), &counts).and_then(|p| comm.finish(p)).map(drop)
+            comm.all_gather([ranks.matrix(comm, rows, 4, &elements)], &counts).and_then(|p| comm.finish(p)).map(drop)
         }
-        Op::Scores => comm.all_gather_scores(&mut ranks.scores(comm, rows, 4, &elements), &counts),
+        Op::Partials => {
+            let mut parts = ranks.matrix(comm, rows, 4, &elements);
+            comm.all_gather_partials(&mut parts, &mut ranks.scores(comm, rows, 4, &elements), &counts)
+        }
         Op::Rotate => {
             let [send, receive] = [(); 2].map(|()| ranks.matrix(comm, rows, 4, &elements));
-            comm.rotate(send, 2, receive, 2).and_then(|x| comm.finish_all_to_all(x)).map(drop)
+            comm.rotate([send], 2, [receive], 2).and_then(|x| comm.finish_all_to_all(x)).map(drop)
         }
         Op::AllToAll => {
             let [send, receive] = [(); 2].map(|()| ranks.matrix(comm, rows, 4, &elements));
-            comm.all_to_all(send, &counts, receive, &counts).and_then(|x| comm.finish_all_to_all(x)).map(drop)
+            comm.all_to_all([send], &counts, [receive], &counts).and_then(|x| comm.finish_all_to_all(x)).map(drop)
         }
         Op::Broadcast => comm.broadcast(0, 1).map(drop),
         Op::Barrier => comm.barrier(),
@@ -217,9 +236,9 @@ pub fn all_gather_puts_the_rows_of_every_rank_in_order<R: Ranks>(ranks: &R) {
     }
 }
 
-pub fn all_gather_of_scores_puts_the_rows_of_every_rank_in_order<R: Ranks>(ranks: &R) {
+pub fn all_gather_of_partial_results_puts_the_rows_of_every_rank_in_order<R: Ranks>(ranks: &R) {
     for counts in [&[3][..], &[1, 2], &[0, 5], &[4, 0, 1], &[1, 1, 1, 1]] {
-        on_all(ranks, counts.len(), PATIENT, |_, comm| check_scores(ranks, &comm, 1, counts, 5));
+        on_all(ranks, counts.len(), PATIENT, |_, comm| check_partials(ranks, &comm, 1, counts, 5));
     }
 }
 
@@ -232,8 +251,8 @@ pub fn a_full_turn_of_the_ring_brings_everything_to_everybody<R: Ranks>(ranks: &
         for step in 0..size {
             let holds = |rank: usize| (rank + size - step) % size;
             let (sent, received) = (holds(rank), holds((rank + size - 1) % size));
-            let exchange = comm.rotate(held, counts[sent], spare, counts[received]).expect("rotate");
-            (spare, held) = comm.finish_all_to_all(exchange).expect("rotate");
+            let exchange = comm.rotate([held], counts[sent], [spare], counts[received]).expect("rotate");
+            ([spare], [held]) = comm.finish_all_to_all(exchange).expect("rotate");
             let wanted: Vec<f32> = (0..counts[received] * cols).map(|i| value(0, received, i)).collect();
             assert_eq!(ranks.matrix_values(&comm, &held)[..wanted.len()], wanted, "rank {rank}, step {step}");
         }
@@ -261,11 +280,11 @@ pub fn collectives_in_flight_together_keep_apart<R: Ranks>(ranks: &R) {
         let start = |turn| {
             let mut before = before_gather(turn, rank, &counts, cols);
             before.truncate(5 * cols);
-            comm.all_gather(ranks.matrix(&comm, 5, cols, &before), &counts).expect("all-gather")
+            comm.all_gather([ranks.matrix(&comm, 5, cols, &before)], &counts).expect("all-gather")
         };
         let (keys, values) = (start(1), start(2));
-        let keys = comm.finish(keys).expect("keys");
-        let values = comm.finish(values).expect("values");
+        let [keys] = comm.finish(keys).expect("keys");
+        let [values] = comm.finish(values).expect("values");
         assert_eq!(ranks.matrix_values(&comm, &keys), gathered(1, &counts, cols));
         assert_eq!(ranks.matrix_values(&comm, &values), gathered(2, &counts, cols));
     });
@@ -303,7 +322,7 @@ pub fn random_collectives_with_random_delays_agree_with_their_definition<R: Rank
                 pause(&mut delays);
                 match op {
                     Op::AllGather => check_all_gather(ranks, &comm, turn, &counts, cols),
-                    Op::Scores => check_scores(ranks, &comm, turn, &counts, cols),
+                    Op::Partials => check_partials(ranks, &comm, turn, &counts, cols),
                     Op::Rotate => check_rotate(ranks, &comm, turn, &counts, cols),
                     Op::AllToAll => {
                         let from = |_| (0..size).map(|_| programme.random_range(0..5)).collect();
@@ -386,26 +405,33 @@ pub fn a_rank_that_never_comes_ends_the_wait_of_the_others<R: Ranks>(ranks: &R) 
 }
 
 pub fn ranks_that_disagree_are_told_so<R: Ranks>(ranks: &R) {
-    let wrong: [(&str, Body<R>); 6] = [
+    let wrong: [(&str, Body<R>); 7] = [
         ("counts", |ranks, comm, rank| {
             let counts = if rank == 1 { [1, 2, 1] } else { [1, 1, 1] };
             let matrix = ranks.matrix(comm, 4, 2, &[0.0; 8]);
-            comm.all_gather(matrix, &counts).and_then(|pending| comm.finish(pending)).map(drop)
+            comm.all_gather([matrix], &counts).and_then(|pending| comm.finish(pending)).map(drop)
         }),
         ("widths", |ranks, comm, rank| {
-            let cols = if rank == 2 { 4 } else { 2 };
-            comm.all_gather_scores(&mut ranks.scores(comm, 3, cols, &vec![0.0; 3 * cols]), &[1, 1, 1])
+            let (cols, mut parts) = (if rank == 2 { 4 } else { 2 }, ranks.matrix(comm, 3, 2, &[0.0; 6]));
+            comm.all_gather_partials(&mut parts, &mut ranks.scores(comm, 3, cols, &vec![0.0; 3 * cols]), &[1, 1, 1])
+        }),
+        ("how many matrices", |ranks, comm, rank| {
+            let matrix = || ranks.matrix(comm, 3, 2, &[0.0; 6]);
+            match rank {
+                1 => comm.all_gather([matrix()], &[1, 1, 1]).and_then(|pending| comm.finish(pending)).map(drop),
+                _ => comm.all_gather([matrix(), matrix()], &[1, 1, 1]).and_then(|both| comm.finish(both)).map(drop),
+            }
         }),
         ("what is sent and what is awaited", |ranks, comm, rank| {
             let receive = if rank == 0 { 2 } else { 1 };
             let [sent, received] = [(); 2].map(|()| ranks.matrix(comm, 2, 2, &[0.0; 4]));
-            let exchange = comm.rotate(sent, 1, received, receive);
+            let exchange = comm.rotate([sent], 1, [received], receive);
             exchange.and_then(|exchange| comm.finish_all_to_all(exchange)).map(drop)
         }),
         ("what is sent to one of several and what it awaits", |ranks, comm, rank| {
             let receive_counts = if rank == 2 { [1, 0, 1] } else { [1, 1, 1] };
             let [send, receive] = [(); 2].map(|()| ranks.matrix(comm, 3, 2, &[0.0; 6]));
-            let exchange = comm.all_to_all(send, &[1, 1, 1], receive, &receive_counts);
+            let exchange = comm.all_to_all([send], &[1, 1, 1], [receive], &receive_counts);
             exchange.and_then(|exchange| comm.finish_all_to_all(exchange)).map(drop)
         }),
         ("roots", |_, comm, rank| comm.broadcast(usize::from(rank == 0), 5).map(drop)),
@@ -430,7 +456,7 @@ pub fn ranks_that_disagree_are_told_so<R: Ranks>(ranks: &R) {
 pub fn sizes_wrong_by_themselves_are_refused<R: Ranks>(ranks: &R) {
     let all_to_all = |ranks: &R, comm: &R::C, cols: usize, send: &[usize], receive: &[usize]| {
         let sent = ranks.matrix(comm, 2, cols, &vec![0.0; 2 * cols]);
-        comm.all_to_all(sent, send, ranks.matrix(comm, 2, 2, &[0.0; 4]), receive).map(drop)
+        comm.all_to_all([sent], send, [ranks.matrix(comm, 2, 2, &[0.0; 4])], receive).map(drop)
     };
     for (cols, send, receive) in
         [(2, &[1, 2][..], &[1, 1][..]), (2, &[1, 1], &[2, 1]), (2, &[1, 1], &[1]), (4, &[1, 1], &[1, 1])]
@@ -439,12 +465,17 @@ pub fn sizes_wrong_by_themselves_are_refused<R: Ranks>(ranks: &R) {
             assert!(matches!(result, Err(CommError::Mismatch { .. } | CommError::Aborted { .. })), "{result:?}");
         }
     }
-    let bodies: [Body<R>; 4] = [
-        |ranks, comm, _| comm.all_gather(ranks.matrix(comm, 2, 2, &[0.0; 4]), &[1, 2]).map(drop),
-        |ranks, comm, _| comm.all_gather(ranks.matrix(comm, 2, 2, &[0.0; 4]), &[1]).map(drop),
+    let bodies: [Body<R>; 5] = [
+        |ranks, comm, _| comm.all_gather([ranks.matrix(comm, 2, 2, &[0.0; 4])], &[1, 2]).map(drop),
+        |ranks, comm, _| comm.all_gather([ranks.matrix(comm, 2, 2, &[0.0; 4])], &[1]).map(drop),
+        // One of the two has too few rows.
+        |ranks, comm, _| {
+            let [tall, short] = [2, 1].map(|rows| ranks.matrix(comm, rows, 2, &vec![0.0; 2 * rows]));
+            comm.all_gather([tall, short], &[1, 1]).map(drop)
+        },
         |ranks, comm, _| {
             let [send, receive] = [(); 2].map(|()| ranks.matrix(comm, 2, 2, &[0.0; 4]));
-            comm.rotate(send, 3, receive, 3).map(drop)
+            comm.rotate([send], 3, [receive], 3).map(drop)
         },
         |_, comm, _| comm.broadcast(2, 0).map(drop),
     ];

@@ -25,21 +25,21 @@ pub struct LocalComm {
     meeting: Meeting,
 }
 
-/// An all-gather that has been started, and the matrix it works on.
+/// An all-gather that has been started, and the matrices it works on.
 #[must_use = "a started all-gather has to be finished"]
-pub struct Pending {
+pub struct Pending<const N: usize> {
     round: u64,
     counts: Vec<usize>,
-    rows: Matrix,
+    rows: [Matrix; N],
 }
 
 /// An all-to-all that has been started, and its matrices.
 #[must_use = "a started all-to-all has to be finished"]
-pub struct Exchange {
+pub struct Exchange<const N: usize> {
     round: u64,
     receive_counts: Vec<usize>,
-    sent: Matrix,
-    received: Matrix,
+    sent: [Matrix; N],
+    received: [Matrix; N],
 }
 
 impl LocalComm {
@@ -87,41 +87,60 @@ impl LocalComm {
     }
 }
 
-/// Copies every peer's rows to their place among `counts`.
-fn place_gathered(rank: usize, counts: &[usize], deposits: &[Deposit], into: &mut Matrix) {
-    let width = into.cols();
+/// What a rank brings of several matrices is matrix after matrix: copies every peer's rows of each to their place among `counts`.
+fn place_gathered<'a>(
+    rank: usize,
+    counts: &[usize],
+    deposits: &[Deposit],
+    into: impl IntoIterator<Item = &'a mut Matrix>,
+) {
+    let mut taken = vec![0; counts.len()];
+    for matrix in into {
+        let width = matrix.cols();
+        let mut first = 0;
+        for (peer, (deposit, count)) in deposits.iter().zip(counts).enumerate() {
+            let brought = taken[peer]..taken[peer] + count * width;
+            taken[peer] = brought.end;
+            if peer != rank {
+                matrix.data_mut()[first * width..(first + count) * width].copy_from_slice(&deposit.rows[brought]);
+            }
+            first += count;
+        }
+    }
+}
+
+/// Copies what every peer sent to `rank` of each matrix to its place among `counts`.
+fn place_exchanged(rank: usize, counts: &[usize], deposits: &[Deposit], into: &mut [Matrix]) {
     let mut first = 0;
-    for (peer, (deposit, count)) in deposits.iter().zip(counts).enumerate() {
-        let elements = first * width..(first + count) * width;
-        if peer != rank {
-            into.data_mut()[elements].copy_from_slice(&deposit.rows);
+    for (deposit, count) in deposits.iter().zip(counts) {
+        let Call::AllToAll { send, .. } = &deposit.call else { continue };
+        let (before, all): (usize, usize) = (send[..rank].iter().sum(), send.iter().sum());
+        let mut of_matrix = 0;
+        for matrix in &mut *into {
+            let width = matrix.cols();
+            let from = of_matrix + before * width;
+            let sent = &deposit.rows[from..from + count * width];
+            matrix.data_mut()[first * width..(first + count) * width].copy_from_slice(sent);
+            of_matrix += all * width;
         }
         first += count;
     }
 }
 
-/// Copies what every peer sent to `rank` to its place among `counts`.
-fn place_exchanged(rank: usize, counts: &[usize], deposits: &[Deposit], into: &mut Matrix) {
-    let width = into.cols();
-    let mut first = 0;
-    for (deposit, count) in deposits.iter().zip(counts) {
-        let Call::AllToAll { send, .. } = &deposit.call else { continue };
-        let from: usize = send[..rank].iter().sum();
-        let sent = &deposit.rows[from * width..(from + count) * width];
-        into.data_mut()[first * width..(first + count) * width].copy_from_slice(sent);
-        first += count;
-    }
+/// The rows this rank brings to an all-gather.
+fn own_rows<'a>(rank: usize, counts: &[usize], matrices: impl IntoIterator<Item = &'a Matrix>) -> Vec<f32> {
+    let first: usize = counts[..rank].iter().sum();
+    let of = |matrix: &'a Matrix| &matrix.data()[first * matrix.cols()..(first + counts[rank]) * matrix.cols()];
+    matrices.into_iter().flat_map(of).copied().collect()
 }
 
-/// The rows this rank brings to an all-gather.
-fn own_rows(rank: usize, counts: &[usize], rows: &Matrix) -> Vec<f32> {
-    let first: usize = counts[..rank].iter().sum();
-    rows.data()[first * rows.cols()..(first + counts[rank]) * rows.cols()].to_vec()
+fn dimensions(matrix: &Matrix) -> (usize, usize) {
+    (matrix.rows(), matrix.cols())
 }
 
 impl Comm<Matrix, Scores> for LocalComm {
-    type Pending = Pending;
-    type Exchange = Exchange;
+    type Pending<const N: usize> = Pending<N>;
+    type Exchange<const N: usize> = Exchange<N>;
 
     fn rank(&self) -> usize {
         self.rank
@@ -131,45 +150,50 @@ impl Comm<Matrix, Scores> for LocalComm {
         self.size
     }
 
-    fn all_gather(&self, rows: Matrix, counts: &[usize]) -> Result<Pending, CommError> {
-        let call = self.checked(Call::all_gather(self.size, (rows.rows(), rows.cols()), counts))?;
+    fn all_gather<const N: usize>(&self, rows: [Matrix; N], counts: &[usize]) -> Result<Pending<N>, CommError> {
+        let call = self.checked(Call::all_gather(self.size, &rows.each_ref().map(dimensions), counts))?;
         let round = self.deposit(&call, own_rows(self.rank, counts, &rows), 0)?;
         Ok(Pending { round, counts: counts.to_vec(), rows })
     }
 
-    fn all_to_all(
+    fn all_to_all<const N: usize>(
         &self,
-        send: Matrix,
+        send: [Matrix; N],
         send_counts: &[usize],
-        receive: Matrix,
+        receive: [Matrix; N],
         receive_counts: &[usize],
-    ) -> Result<Exchange, CommError> {
-        let [from, to] = [&send, &receive].map(|matrix| (matrix.rows(), matrix.cols()));
-        let call = self.checked(Call::all_to_all(self.size, (from, send_counts), (to, receive_counts)))?;
+    ) -> Result<Exchange<N>, CommError> {
+        let [from, to] = [&send, &receive].map(|matrices| matrices.each_ref().map(dimensions));
+        let call = self.checked(Call::all_to_all(self.size, (&from, send_counts), (&to, receive_counts)))?;
         let rows: usize = send_counts.iter().sum();
-        let round = self.deposit(&call, send.data()[..rows * send.cols()].to_vec(), 0)?;
+        let sent = send.iter().flat_map(|matrix| &matrix.data()[..rows * matrix.cols()]).copied().collect();
+        let round = self.deposit(&call, sent, 0)?;
         Ok(Exchange { round, receive_counts: receive_counts.to_vec(), sent: send, received: receive })
     }
 
-    fn finish_all_to_all(&self, exchange: Exchange) -> Result<(Matrix, Matrix), CommError> {
+    fn finish_all_to_all<const N: usize>(
+        &self,
+        exchange: Exchange<N>,
+    ) -> Result<([Matrix; N], [Matrix; N]), CommError> {
         let Exchange { round, receive_counts, sent, mut received } = exchange;
         let deposits = self.meeting.take(round, self.rank, "all-to-all")?;
         place_exchanged(self.rank, &receive_counts, &deposits, &mut received);
         Ok((sent, received))
     }
 
-    fn finish(&self, pending: Pending) -> Result<Matrix, CommError> {
+    fn finish<const N: usize>(&self, pending: Pending<N>) -> Result<[Matrix; N], CommError> {
         let Pending { round, counts, mut rows } = pending;
         let deposits = self.meeting.take(round, self.rank, "all-gather")?;
         place_gathered(self.rank, &counts, &deposits, &mut rows);
         Ok(rows)
     }
 
-    fn all_gather_scores(&self, rows: &mut Scores, counts: &[usize]) -> Result<(), CommError> {
-        let call = self.checked(Call::all_gather_scores(self.size, (rows.rows(), rows.cols()), counts))?;
-        let round = self.deposit(&call, own_rows(self.rank, counts, rows), 0)?;
+    fn all_gather_partials(&self, parts: &mut Matrix, lse: &mut Scores, counts: &[usize]) -> Result<(), CommError> {
+        let both = [dimensions(parts), dimensions(lse)];
+        let call = self.checked(Call::all_gather_partials(self.size, &both, counts))?;
+        let round = self.deposit(&call, own_rows(self.rank, counts, [&*parts, &*lse]), 0)?;
         let deposits = self.meeting.take(round, self.rank, call.op())?;
-        place_gathered(self.rank, counts, &deposits, rows);
+        place_gathered(self.rank, counts, &deposits, [parts, lse]);
         Ok(())
     }
 

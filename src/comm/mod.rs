@@ -1,7 +1,7 @@
 //! Collectives between the ranks of one prefill.
 //!
-//! A [`Comm`] moves rows of the backend's matrices. Collectives are started and awaited apart, so that a backend can hide
-//! them behind attention. Every call is made by every rank, in the same order; a rank that fails calls [`Comm::abort`], and from then on
+//! A [`Comm`] moves rows of the backend's matrices, of several at once where they go the same way. Collectives are started and awaited apart, so that a
+//! backend can hide them behind attention. Every call is made by every rank, in the same order; a rank that fails calls [`Comm::abort`], and from then on
 //! every call of every rank, also one that is already waiting, returns [`CommError::Aborted`].
 //!
 //! Invariant: no rank can hang: every wait ends by its deadline, by an abort, or because a peer is gone.
@@ -36,32 +36,38 @@ pub enum CommError {
 
 /// One rank's end of a communicator over matrices of type `M` and score matrices of type `S`.
 pub trait Comm<M, S>: Send {
-    /// A collective that has been started.
-    type Pending;
-    /// An all-to-all that has been started.
-    type Exchange;
+    /// An all-gather of `N` matrices that has been started.
+    type Pending<const N: usize>;
+    /// An all-to-all of `N` matrices that has been started.
+    type Exchange<const N: usize>;
 
     /// This rank, `0..size()`.
     fn rank(&self) -> usize;
     /// Number of ranks.
     fn size(&self) -> usize;
 
-    /// Starts an in-place all-gather: rank `r` has written its `counts[r]` rows at row `counts[..r].sum()` of `rows`; afterwards every
-    /// rank has all of them. The matrix is handed back by [`Comm::finish`].
-    fn all_gather(&self, rows: M, counts: &[usize]) -> Result<Self::Pending, CommError>;
-    /// Starts sending every rank rows of its own: to rank `p` go `send_counts[p]` rows from row `send_counts[..p].sum()` of `send` on, and from it
-    /// come `receive_counts[p]` rows, to row `receive_counts[..p].sum()` of `receive`. Counts may be 0, and a rank sends to itself too. All
-    /// matrices are of one width. Both are handed back by [`Comm::finish_all_to_all`].
-    fn all_to_all(
+    /// Starts an in-place all-gather: rank `r` has written its `counts[r]` rows at row `counts[..r].sum()` of each matrix; afterwards every
+    /// rank has all of them. The matrices are handed back by [`Comm::finish`].
+    fn all_gather<const N: usize>(&self, rows: [M; N], counts: &[usize]) -> Result<Self::Pending<N>, CommError>;
+    /// Starts sending every rank rows of its own: to rank `p` go `send_counts[p]` rows from row `send_counts[..p].sum()` of each matrix of `send` on, and
+    /// from it come `receive_counts[p]` rows, to row `receive_counts[..p].sum()` of the same one of `receive`. Counts may be 0, and a rank sends to itself
+    /// too. What is sent from and what is received to are of one width. Both are handed back by [`Comm::finish_all_to_all`].
+    fn all_to_all<const N: usize>(
         &self,
-        send: M,
+        send: [M; N],
         send_counts: &[usize],
-        receive: M,
+        receive: [M; N],
         receive_counts: &[usize],
-    ) -> Result<Self::Exchange, CommError>;
+    ) -> Result<Self::Exchange<N>, CommError>;
     /// One step of a ring: starts sending the first `send_rows` rows of `send` to the next rank (`rank + 1`, the last to 0) and receiving
     /// `receive_rows` rows of the previous one at the top of `receive`. It is an all-to-all, and finished as one.
-    fn rotate(&self, send: M, send_rows: usize, receive: M, receive_rows: usize) -> Result<Self::Exchange, CommError> {
+    fn rotate<const N: usize>(
+        &self,
+        send: [M; N],
+        send_rows: usize,
+        receive: [M; N],
+        receive_rows: usize,
+    ) -> Result<Self::Exchange<N>, CommError> {
         let (rank, size) = (self.rank(), self.size());
         let only = |peer: usize, rows: usize| (0..size).map(|other| if other == peer { rows } else { 0 }).collect();
         let (sent, received): (Vec<usize>, Vec<usize>) =
@@ -69,11 +75,11 @@ pub trait Comm<M, S>: Send {
         self.all_to_all(send, &sent, receive, &received)
     }
     /// Awaits a started all-to-all, and hands back what was sent (contents undefined) and what was received.
-    fn finish_all_to_all(&self, exchange: Self::Exchange) -> Result<(M, M), CommError>;
+    fn finish_all_to_all<const N: usize>(&self, exchange: Self::Exchange<N>) -> Result<([M; N], [M; N]), CommError>;
     /// Awaits a started all-gather.
-    fn finish(&self, pending: Self::Pending) -> Result<M, CommError>;
-    /// In-place all-gather of scores, awaited at once; `counts` as above.
-    fn all_gather_scores(&self, rows: &mut S, counts: &[usize]) -> Result<(), CommError>;
+    fn finish<const N: usize>(&self, pending: Self::Pending<N>) -> Result<[M; N], CommError>;
+    /// In-place all-gather of partial results of attention and their log-sum-exps, awaited at once; `counts` as above, of the rows of both.
+    fn all_gather_partials(&self, parts: &mut M, lse: &mut S, counts: &[usize]) -> Result<(), CommError>;
     /// Every rank returns what `root` gave.
     fn broadcast(&self, root: usize, value: u64) -> Result<u64, CommError>;
     /// Returns when every rank has called it.

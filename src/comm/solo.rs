@@ -28,8 +28,8 @@ impl SoloComm {
 }
 
 impl<M: Send, S> Comm<M, S> for SoloComm {
-    type Pending = M;
-    type Exchange = (M, M);
+    type Pending<const N: usize> = [M; N];
+    type Exchange<const N: usize> = ([M; N], [M; N]);
 
     fn rank(&self) -> usize {
         0
@@ -39,19 +39,19 @@ impl<M: Send, S> Comm<M, S> for SoloComm {
         1
     }
 
-    fn all_gather(&self, rows: M, counts: &[usize]) -> Result<M, CommError> {
+    fn all_gather<const N: usize>(&self, rows: [M; N], counts: &[usize]) -> Result<[M; N], CommError> {
         self.check_counts("all-gather", counts)?;
         Ok(rows)
     }
 
     /// What is sent is what is received: the matrices change places.
-    fn all_to_all(
+    fn all_to_all<const N: usize>(
         &self,
-        send: M,
+        send: [M; N],
         send_counts: &[usize],
-        receive: M,
+        receive: [M; N],
         receive_counts: &[usize],
-    ) -> Result<(M, M), CommError> {
+    ) -> Result<([M; N], [M; N]), CommError> {
         let op = "all-to-all";
         self.check_counts(op, send_counts)?;
         let got = format!("{receive_counts:?}");
@@ -59,16 +59,16 @@ impl<M: Send, S> Comm<M, S> for SoloComm {
         Ok((receive, send))
     }
 
-    fn finish_all_to_all(&self, exchange: (M, M)) -> Result<(M, M), CommError> {
+    fn finish_all_to_all<const N: usize>(&self, exchange: ([M; N], [M; N])) -> Result<([M; N], [M; N]), CommError> {
         Ok(exchange)
     }
 
-    fn finish(&self, pending: M) -> Result<M, CommError> {
+    fn finish<const N: usize>(&self, pending: [M; N]) -> Result<[M; N], CommError> {
         Ok(pending)
     }
 
-    fn all_gather_scores(&self, _rows: &mut S, counts: &[usize]) -> Result<(), CommError> {
-        self.check_counts("all-gather of scores", counts)
+    fn all_gather_partials(&self, _parts: &mut M, _lse: &mut S, counts: &[usize]) -> Result<(), CommError> {
+        self.check_counts("all-gather of partial results", counts)
     }
 
     fn broadcast(&self, root: usize, value: u64) -> Result<u64, CommError> {
@@ -101,19 +101,19 @@ mod tests {
     #[test]
     fn what_is_brought_is_what_comes() {
         let comm = alone();
-        assert_eq!(comm.all_gather(vec![1.0], &[1]).and_then(|rows| comm.finish(rows)).unwrap(), [1.0]);
-        let exchange = comm.rotate(vec![2.0], 1, vec![0.0], 1).unwrap();
-        assert_eq!(comm.finish_all_to_all(exchange).unwrap().1, [2.0]);
-        let exchange = comm.all_to_all(vec![3.0], &[1], vec![0.0], &[1]).unwrap();
-        assert_eq!(comm.finish_all_to_all(exchange).unwrap().1, [3.0]);
+        assert_eq!(comm.all_gather([vec![1.0]], &[1]).and_then(|rows| comm.finish(rows)).unwrap(), [[1.0]]);
+        let exchange = comm.rotate([vec![2.0]], 1, [vec![0.0]], 1).unwrap();
+        assert_eq!(comm.finish_all_to_all(exchange).unwrap().1, [[2.0]]);
+        let exchange = comm.all_to_all([vec![3.0]], &[1], [vec![0.0]], &[1]).unwrap();
+        assert_eq!(comm.finish_all_to_all(exchange).unwrap().1, [[3.0]]);
         assert_eq!(comm.broadcast(0, 7).unwrap(), 7);
     }
 
     #[test]
     fn mistakes_are_refused_and_the_first_reason_of_an_abort_is_kept() {
         let comm = alone();
-        assert!(matches!(comm.all_gather(vec![], &[1, 1]), Err(CommError::Mismatch { .. })));
-        assert!(matches!(comm.all_to_all(vec![], &[1], vec![], &[2]), Err(CommError::Mismatch { .. })));
+        assert!(matches!(comm.all_gather([vec![]], &[1, 1]), Err(CommError::Mismatch { .. })));
+        assert!(matches!(comm.all_to_all([vec![]], &[1], [vec![]], &[2]), Err(CommError::Mismatch { .. })));
         assert!(matches!(comm.broadcast(1, 0), Err(CommError::Mismatch { .. })));
         comm.abort("first");
         comm.abort("second");

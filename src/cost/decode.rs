@@ -72,6 +72,6 @@ impl CostModel {
         let (shape, network) = (&self.shape, &self.calibration.network);
         let parts = (ranks * rows * shape.q_width() * shape.element_bytes) as f64;
         let log_sums = (ranks * rows * shape.heads * size_of::<f32>()) as f64;
-        network.all_gather_s(ranks, parts) + network.all_gather_s(ranks, log_sums)
+        network.all_gather_s(ranks, parts + log_sums)
     }
 }

@@ -17,20 +17,20 @@ pub enum CudaComm {
 
 /// A collective that has been started.
 #[must_use = "a started collective has to be finished"]
-pub enum Pending {
+pub enum Pending<const N: usize> {
     /// Done as it was started.
-    Alone(CudaMatrix),
+    Alone([CudaMatrix; N]),
     /// Between devices.
-    Group(nccl::Pending),
+    Group(nccl::Pending<N>),
 }
 
 /// An all-to-all that has been started.
 #[must_use = "a started all-to-all has to be finished"]
-pub enum Exchange {
+pub enum Exchange<const N: usize> {
     /// Done as it was started.
-    Alone((CudaMatrix, CudaMatrix)),
+    Alone(([CudaMatrix; N], [CudaMatrix; N])),
     /// Between devices.
-    Group(nccl::Pending),
+    Group(nccl::Pending<N>),
 }
 
 const ONE_END: &str = "a collective is finished by the end that started it";
@@ -63,8 +63,8 @@ macro_rules! either {
 }
 
 impl Comm<CudaMatrix, CudaScores> for CudaComm {
-    type Pending = Pending;
-    type Exchange = Exchange;
+    type Pending<const N: usize> = Pending<N>;
+    type Exchange<const N: usize> = Exchange<N>;
 
     fn rank(&self) -> usize {
         either!(self, rank())
@@ -74,30 +74,38 @@ impl Comm<CudaMatrix, CudaScores> for CudaComm {
         either!(self, size())
     }
 
-    fn all_gather(&self, rows: CudaMatrix, counts: &[usize]) -> Result<Pending, CommError> {
+    fn all_gather<const N: usize>(&self, rows: [CudaMatrix; N], counts: &[usize]) -> Result<Pending<N>, CommError> {
         either!(self, all_gather(rows, counts) as Pending)
     }
 
-    fn all_to_all(
+    fn all_to_all<const N: usize>(
         &self,
-        send: CudaMatrix,
+        send: [CudaMatrix; N],
         send_counts: &[usize],
-        receive: CudaMatrix,
+        receive: [CudaMatrix; N],
         receive_counts: &[usize],
-    ) -> Result<Exchange, CommError> {
+    ) -> Result<Exchange<N>, CommError> {
         either!(self, all_to_all(send, send_counts, receive, receive_counts) as Exchange)
     }
 
-    fn finish_all_to_all(&self, exchange: Exchange) -> Result<(CudaMatrix, CudaMatrix), CommError> {
+    fn finish_all_to_all<const N: usize>(
+        &self,
+        exchange: Exchange<N>,
+    ) -> Result<([CudaMatrix; N], [CudaMatrix; N]), CommError> {
         either!(self, finish_all_to_all(Exchange: exchange))
     }
 
-    fn finish(&self, pending: Pending) -> Result<CudaMatrix, CommError> {
+    fn finish<const N: usize>(&self, pending: Pending<N>) -> Result<[CudaMatrix; N], CommError> {
         either!(self, finish(Pending: pending))
     }
 
-    fn all_gather_scores(&self, rows: &mut CudaScores, counts: &[usize]) -> Result<(), CommError> {
-        either!(self, all_gather_scores(rows, counts))
+    fn all_gather_partials(
+        &self,
+        parts: &mut CudaMatrix,
+        lse: &mut CudaScores,
+        counts: &[usize],
+    ) -> Result<(), CommError> {
+        either!(self, all_gather_partials(parts, lse, counts))
     }
 
     fn broadcast(&self, root: usize, value: u64) -> Result<u64, CommError> {

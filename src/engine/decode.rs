@@ -58,8 +58,8 @@ pub(super) struct Decoder<B: Backend> {
 struct Stack<B: Backend> {
     /// The packed rows, at this rank's place in the stack.
     queries: B::Matrix,
-    /// Partial results of all ranks; elsewhere while they are gathered.
-    parts: Option<B::Matrix>,
+    /// Partial results of all ranks.
+    parts: B::Matrix,
     lse: B::Scores,
     /// All of them together.
     merged: B::Matrix,
@@ -72,7 +72,7 @@ impl<B: Backend> Decoder<B> {
         let stacked = || {
             Ok::<_, BackendError>(Stack {
                 queries: backend.matrix(rows * ranks, shape.qkv_width())?,
-                parts: Some(backend.matrix(rows * ranks, shape.q_width())?),
+                parts: backend.matrix(rows * ranks, shape.q_width())?,
                 lse: backend.scores(rows * ranks, shape.heads)?,
                 merged: backend.matrix(rows, shape.q_width())?,
             })
@@ -212,13 +212,9 @@ fn attend<B: Backend, C: Comm<B::Matrix, B::Scores>>(
         return Ok(backend.attention(shape, qkv, sources, &shifted_by(rows.start), attended, None)?);
     };
     let (first, ranks) = (rank.comm.rank() * count, rank.comm.size());
-    let mut gathered = parts.take().expect("in place between collectives");
     backend.copy_rows(qkv, rows.start, count, queries, first)?;
-    backend.attention(shape, queries, sources, &shifted_by(first), &mut gathered, Some(lse))?;
-    let counts = vec![count; ranks];
-    let gathering = rank.comm.all_gather(gathered, &counts)?;
-    rank.comm.all_gather_scores(lse, &counts)?;
-    let parts = parts.insert(rank.comm.finish(gathering)?);
+    backend.attention(shape, queries, sources, &shifted_by(first), parts, Some(lse))?;
+    rank.comm.all_gather_partials(parts, lse, &vec![count; ranks])?;
     backend.merge_stacked(shape, count, ranks, parts, lse, merged)?;
     Ok(backend.copy_rows(merged, 0, count, attended, rows.start)?)
 }

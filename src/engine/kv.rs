@@ -14,12 +14,6 @@ pub(super) struct KeyValues<M> {
     v: M,
 }
 
-/// Keys and values in a collective that has been started.
-pub(super) struct Moving<P> {
-    k: P,
-    v: P,
-}
-
 impl<M> KeyValues<M> {
     /// Contents undefined; at least one row, because a device may not know empty matrices.
     pub fn new<B: Backend<Matrix = M>>(backend: &B, shape: HeadShape, rows: usize) -> Result<Self, BackendError> {
@@ -62,8 +56,8 @@ impl<M> KeyValues<M> {
     }
 
     /// Starts [`Comm::all_gather`] of both.
-    pub fn all_gather<S, C: Comm<M, S>>(self, comm: &C, counts: &[usize]) -> Result<Moving<C::Pending>, CommError> {
-        Ok(Moving { k: comm.all_gather(self.k, counts)?, v: comm.all_gather(self.v, counts)? })
+    pub fn all_gather<S, C: Comm<M, S>>(self, comm: &C, counts: &[usize]) -> Result<C::Pending<2>, CommError> {
+        comm.all_gather([self.k, self.v], counts)
     }
 
     /// Starts [`Comm::rotate`] of both: the first `send_rows` rows go, `receive_rows` come to `receive`.
@@ -73,21 +67,21 @@ impl<M> KeyValues<M> {
         send_rows: usize,
         receive: Self,
         receive_rows: usize,
-    ) -> Result<Moving<C::Exchange>, CommError> {
-        let k = comm.rotate(self.k, send_rows, receive.k, receive_rows)?;
-        Ok(Moving { k, v: comm.rotate(self.v, send_rows, receive.v, receive_rows)? })
+    ) -> Result<C::Exchange<2>, CommError> {
+        comm.rotate([self.k, self.v], send_rows, [receive.k, receive.v], receive_rows)
     }
 
     /// Awaits a [`rotate`](Self::rotate): what was sent (contents undefined), and what has come.
-    pub fn exchanged<S, C: Comm<M, S>>(comm: &C, moving: Moving<C::Exchange>) -> Result<(Self, Self), CommError> {
-        let (sent_k, k) = comm.finish_all_to_all(moving.k)?;
-        let (sent_v, v) = comm.finish_all_to_all(moving.v)?;
-        Ok((Self { k: sent_k, v: sent_v }, Self { k, v }))
+    pub fn exchanged<S, C: Comm<M, S>>(comm: &C, moving: C::Exchange<2>) -> Result<(Self, Self), CommError> {
+        let both = comm.finish_all_to_all(moving)?;
+        let [sent, received] = <[_; 2]>::from(both).map(|[k, v]| Self { k, v });
+        Ok((sent, received))
     }
 
     /// Awaits an [`all_gather`](Self::all_gather).
-    pub fn arrived<S, C: Comm<M, S>>(comm: &C, moving: Moving<C::Pending>) -> Result<Self, CommError> {
-        Ok(Self { k: comm.finish(moving.k)?, v: comm.finish(moving.v)? })
+    pub fn arrived<S, C: Comm<M, S>>(comm: &C, moving: C::Pending<2>) -> Result<Self, CommError> {
+        let [k, v] = comm.finish(moving)?;
+        Ok(Self { k, v })
     }
 }
 

@@ -136,20 +136,33 @@ fn order(devices: &Devices) {
     for _ in 0..10 {
         on_two(devices, conformance::PATIENT, |comm| {
             let device = comm.device().clone();
-            let gathering = comm.all_gather(computed(&device, 1.0 + comm.rank() as f32), &[ROWS, ROWS]).unwrap();
+            let gathering = comm.all_gather([computed(&device, 1.0 + comm.rank() as f32)], &[ROWS, ROWS]).unwrap();
             let beside = computed(&device, 9.0);
-            let gathered = comm.finish(gathering).unwrap();
+            let [gathered] = comm.finish(gathering).unwrap();
             let mut copy = device.matrix(2 * ROWS, COLS).unwrap();
             device.copy_rows(&gathered, 0, 2 * ROWS, &mut copy, 0).unwrap();
-            let turning = comm.rotate(gathered, ROWS, computed(&device, 0.0), ROWS).unwrap();
-            let (_, turned) = comm.finish_all_to_all(turning).unwrap();
+            let turning = comm.rotate([gathered], ROWS, [computed(&device, 0.0)], ROWS).unwrap();
+            let (_, [turned]) = comm.finish_all_to_all(turning).unwrap();
             all_are(&device, &copy, [1.0, 2.0]);
             // Both ranks held the first one's rows in front.
             all_are(&device, &device_half(&device, &turned), [1.0, 0.0]);
             all_are(&device, &beside, [9.0, 9.0]);
+            among_the_computing(&comm, &device);
             comm.settle().unwrap();
         });
     }
+}
+
+/// What is computed before partial results are gathered goes with them, and what is computed after has those of all.
+fn among_the_computing(comm: &NcclComm, device: &Cuda) {
+    let (mut parts, mut lse) = (computed(device, 3.0 + comm.rank() as f32), device.scores(2 * ROWS, COLS).unwrap());
+    let mut copy = device.matrix(2 * ROWS, COLS).unwrap();
+    comm.all_gather_partials(&mut parts, &mut lse, &[ROWS, ROWS]).unwrap();
+    device.copy_rows(&parts, 0, 2 * ROWS, &mut copy, 0).unwrap();
+    // Given back at once: whoever gets the memory computes later.
+    drop((parts, lse));
+    all_are(device, &computed(device, 8.0), [8.0, 8.0]);
+    all_are(device, &copy, [3.0, 4.0]);
 }
 
 /// The first rows of a matrix in one of their own.
@@ -164,10 +177,10 @@ fn dropped(devices: &Devices) {
     on_two(devices, conformance::PATIENT, |comm| {
         let device = comm.device().clone();
         for _ in 0..20 {
-            drop(comm.all_gather(computed(&device, 3.0), &[ROWS, ROWS]).unwrap());
+            drop(comm.all_gather([computed(&device, 3.0)], &[ROWS, ROWS]).unwrap());
             // Most likely where that one was.
             let later = computed(&device, 5.0);
-            drop(comm.rotate(computed(&device, 4.0), ROWS, computed(&device, 4.0), ROWS).unwrap());
+            drop(comm.rotate([computed(&device, 4.0)], ROWS, [computed(&device, 4.0)], ROWS).unwrap());
             all_are(&device, &later, [5.0, 5.0]);
         }
         comm.settle().unwrap();
@@ -177,9 +190,9 @@ fn dropped(devices: &Devices) {
 /// Has the host wait for the device alone, which waits for a peer; what comes of it is heard at the next call.
 fn wait_for_device(comm: &NcclComm, counts: &[usize]) -> Result<(), CommError> {
     let device = comm.device().clone();
-    let gathering = comm.all_gather(computed(&device, 1.0), counts)?;
-    drop(comm.rotate(computed(&device, 1.0), ROWS, computed(&device, 1.0), ROWS)?);
-    let gathered = comm.finish(gathering)?;
+    let gathering = comm.all_gather([computed(&device, 1.0)], counts)?;
+    drop(comm.rotate([computed(&device, 1.0)], ROWS, [computed(&device, 1.0)], ROWS)?);
+    let [gathered] = comm.finish(gathering)?;
     // A plain wait of the backend, that knows nothing of communicators.
     device.read_matrix(&gathered).unwrap();
     comm.barrier()
@@ -222,10 +235,10 @@ fn often(devices: &Devices) {
             let free = device.free_bytes();
             for turn in 0..200 {
                 let counts = [turn % 3, (turn + 1) % 4];
-                let mut scores = device.scores(8, 4).unwrap();
-                comm.all_gather_scores(&mut scores, &counts).unwrap();
-                let matrix = device.matrix(8, 4).unwrap();
-                comm.all_gather(matrix, &counts).and_then(|pending| comm.finish(pending)).unwrap();
+                let (mut parts, mut lse) = (device.matrix(8, 16).unwrap(), device.scores(8, 4).unwrap());
+                comm.all_gather_partials(&mut parts, &mut lse, &counts).unwrap();
+                let both = [device.matrix(8, 4).unwrap(), device.matrix(8, 2).unwrap()];
+                comm.all_gather(both, &counts).and_then(|pending| comm.finish(pending)).unwrap();
                 assert_eq!(comm.broadcast(turn % 2, turn as u64).unwrap(), turn as u64);
             }
             comm.settle().unwrap();

@@ -22,7 +22,7 @@ use super::strategies::EXECUTIONS;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Kind {
     AllGather,
-    AllGatherScores,
+    AllGatherPartials,
     AllToAll,
     Finish,
     FinishAllToAll,
@@ -110,8 +110,8 @@ impl Unruly {
 }
 
 impl Comm<Matrix, Scores> for Unruly {
-    type Pending = <LocalComm as Comm<Matrix, Scores>>::Pending;
-    type Exchange = <LocalComm as Comm<Matrix, Scores>>::Exchange;
+    type Pending<const N: usize> = <LocalComm as Comm<Matrix, Scores>>::Pending<N>;
+    type Exchange<const N: usize> = <LocalComm as Comm<Matrix, Scores>>::Exchange<N>;
 
     fn rank(&self) -> usize {
         self.inner.rank()
@@ -119,26 +119,29 @@ impl Comm<Matrix, Scores> for Unruly {
     fn size(&self) -> usize {
         self.inner.size()
     }
-    fn all_gather(&self, rows: Matrix, counts: &[usize]) -> Result<Self::Pending, CommError> {
+    fn all_gather<const N: usize>(&self, rows: [Matrix; N], counts: &[usize]) -> Result<Self::Pending<N>, CommError> {
         self.call(Kind::AllGather, |inner| inner.all_gather(rows, counts))
     }
-    fn all_to_all(
+    fn all_to_all<const N: usize>(
         &self,
-        send: Matrix,
+        send: [Matrix; N],
         send_counts: &[usize],
-        receive: Matrix,
+        receive: [Matrix; N],
         receive_counts: &[usize],
-    ) -> Result<Self::Exchange, CommError> {
+    ) -> Result<Self::Exchange<N>, CommError> {
         self.call(Kind::AllToAll, |inner| inner.all_to_all(send, send_counts, receive, receive_counts))
     }
-    fn finish_all_to_all(&self, exchange: Self::Exchange) -> Result<(Matrix, Matrix), CommError> {
+    fn finish_all_to_all<const N: usize>(
+        &self,
+        exchange: Self::Exchange<N>,
+    ) -> Result<([Matrix; N], [Matrix; N]), CommError> {
         self.call(Kind::FinishAllToAll, |inner| inner.finish_all_to_all(exchange))
     }
-    fn finish(&self, pending: Self::Pending) -> Result<Matrix, CommError> {
+    fn finish<const N: usize>(&self, pending: Self::Pending<N>) -> Result<[Matrix; N], CommError> {
         self.call(Kind::Finish, |inner| inner.finish(pending))
     }
-    fn all_gather_scores(&self, rows: &mut Scores, counts: &[usize]) -> Result<(), CommError> {
-        self.call(Kind::AllGatherScores, |inner| inner.all_gather_scores(rows, counts))
+    fn all_gather_partials(&self, parts: &mut Matrix, lse: &mut Scores, counts: &[usize]) -> Result<(), CommError> {
+        self.call(Kind::AllGatherPartials, |inner| inner.all_gather_partials(parts, lse, counts))
     }
     fn broadcast(&self, root: usize, value: u64) -> Result<u64, CommError> {
         self.call(Kind::Broadcast, |inner| Comm::<Matrix, Scores>::broadcast(inner, root, value))
@@ -242,7 +245,7 @@ fn a_prefill_takes_until_the_last_rank_is_through() {
     // Star passes nothing on: its ranks meet for the first time when the query has to see what each of them keeps.
     let star = Trial::new(AttentionMode::Star, Selector::None, Execution::default());
     for rank in 0..RANKS {
-        let ended = star.run(0, Some((rank, (Kind::AllGather, 0, Fault::Late))));
+        let ended = star.run(0, Some((rank, (Kind::AllGatherPartials, 0, Fault::Late))));
         assert!(ended.outcome.is_ok() && ended.timing.prefill >= LATE, "rank {rank}: {:?}", ended.timing);
     }
 }

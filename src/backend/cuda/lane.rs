@@ -18,7 +18,7 @@ pub struct Lane {
     cuda: Arc<Cuda>,
 }
 
-/// A place on a lane: the end of some work.
+/// A place on a lane or in the computing: the end of some work.
 pub struct Mark(Event);
 
 /// A run of device memory.
@@ -57,6 +57,19 @@ impl Lane {
         issued.record(&self.cuda.stream)?;
         self.stream.wait(&issued)?;
         self.cuda.profile.lane_begins(&self.cuda.context, &self.stream, op)
+    }
+
+    /// The stream of the computing, as CUDA's libraries take it: for what is to be done in its order. It is idle, for the profile, until the next operation.
+    pub fn computing(&self) -> Result<*mut c_void, BackendError> {
+        self.cuda.mark(super::WAITING)?;
+        Ok(self.cuda.stream.raw())
+    }
+
+    /// The computing's present end.
+    pub fn mark_computing(&self) -> Result<Mark, BackendError> {
+        let event = Event::untimed(&self.cuda.context)?;
+        event.record(&self.cuda.stream)?;
+        Ok(Mark(event))
     }
 
     /// The lane's present end.

@@ -7,6 +7,7 @@ use std::ffi::{CStr, c_char, c_int, c_void};
 use std::mem::offset_of;
 use std::ptr;
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicPtr, Ordering};
 
 use cudarc::nccl::sys;
 use libloading::Library;
@@ -142,11 +143,12 @@ impl Nccl {
     /// Begins to make rank `rank` of `size` on the device that is current; it is ready when [`Nccl::poll`] says done.
     pub fn begin(&self, id: UniqueId, rank: usize, size: usize) -> Result<Handle, String> {
         let mut config = configuration();
-        let mut communicator = ptr::null_mut();
-        // SAFETY: (1) both pointers are valid for the call, after which the library has its own copy of the configuration.
-        let code = unsafe { (self.init)(&mut communicator, size as c_int, id.0, rank as c_int, &mut config) };
+        // The library writes it again when the communicator is ready, from a thread of its own that nothing here can wait for: kept for ever.
+        let communicator: &AtomicPtr<_> = Box::leak(Box::default());
+        // SAFETY: (1) the configuration is valid for the call, after which the library has its own copy; (2) where the communicator goes is valid for ever.
+        let code = unsafe { (self.init)(communicator.as_ptr(), size as c_int, id.0, rank as c_int, &mut config) };
         self.check(None, code)?;
-        Ok(Handle(communicator))
+        Ok(Handle(communicator.load(Ordering::Acquire)))
     }
 
     /// How far what was begun last has come; also tells what has gone wrong since, on its own.

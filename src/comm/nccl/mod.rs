@@ -1,7 +1,8 @@
 //! Ranks on GPUs, joined by NCCL: one rank a device, any number of them in one process.
 //!
 //! Rows go from device to device on a stream of their own, beside the computing: a collective begins when what was computed before it is done, and
-//! [`Comm::finish`] makes what is computed after it wait; the host waits for neither. What is not rows (a word, a barrier, whether the sizes agree) goes
+//! [`Comm::finish`] makes what is computed after it wait; the host waits for neither. Partial results, which all that follows needs, go in the order of the
+//! computing itself: that spares them the changes of streams. What is not rows (a word, a barrier, whether the sizes agree) goes
 //! through the ranks' common memory. A thread watches each rank, see [`watch`].
 //!
 //! Invariant: memory that a collective uses is not given back before the device's computing waits for that collective; a communicator that has failed is
@@ -13,6 +14,7 @@ mod transfers;
 mod watch;
 
 use std::collections::VecDeque;
+use std::ffi::c_void;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -25,7 +27,7 @@ use super::hub::{self, Met, Place, Side};
 use super::meeting::Meeting;
 use super::rounds::{Deposit, Rounds};
 use super::{Comm, CommError};
-use crate::backend::cuda::{Cuda, CudaMatrix, CudaScores, Lane, Mark};
+use crate::backend::cuda::{Cuda, CudaMatrix, CudaScores, Extent, Lane, Mark};
 use crate::backend::{Backend, BackendError};
 use library::{Handle, Nccl, Progress, Transfer};
 
@@ -76,13 +78,13 @@ struct UnderWay {
 
 /// A collective that has been started, and its matrices.
 #[must_use = "a started collective has to be finished"]
-pub struct Pending {
+pub struct Pending<const N: usize> {
     shared: Arc<Shared>,
     mark: Arc<Mark>,
     /// What the caller gets back; absent once it has.
-    rows: Option<CudaMatrix>,
-    /// What is sent from, where that is another.
-    sent: Option<CudaMatrix>,
+    rows: Option<[CudaMatrix; N]>,
+    /// What is sent from, where those are others.
+    sent: Option<[CudaMatrix; N]>,
 }
 
 fn not_started(reason: String) -> CommError {
@@ -91,6 +93,15 @@ fn not_started(reason: String) -> CommError {
 
 fn device_error(op: &'static str) -> impl Fn(BackendError) -> CommError {
     move |error| CommError::Device { op, reason: error.to_string() }
+}
+
+fn dimensions(matrix: &CudaMatrix) -> (usize, usize) {
+    (matrix.rows(), matrix.cols())
+}
+
+/// The first row of each matrix.
+fn places(matrices: &[CudaMatrix]) -> Result<Vec<Extent>, BackendError> {
+    matrices.iter().map(|matrix| matrix.extent(0, 1)).collect()
 }
 
 impl NcclComm {
@@ -192,11 +203,11 @@ impl NcclComm {
         let (shared, op) = (&*self.shared, "start");
         let (rank, size, cuda) = (shared.rank, shared.size, shared.lane.cuda());
         let rows = cuda.matrix(size, 1).map_err(shared.broken(op))?;
-        let at = rows.extent(0, size).map_err(shared.broken(op))?.address;
+        let first_row = rows.extent(0, 1).map_err(shared.broken(op))?;
         let mut uneven = vec![1; size];
         uneven[size - 1] = 0;
         for counts in [vec![1; size], uneven] {
-            let transfers = transfers::all_gather(rank, &counts, 2, at);
+            let transfers = transfers::all_gather(rank, &counts, &[first_row]);
             // SAFETY: (1) the matrix has a row for every rank, and is kept until the device has passed the mark below.
             let mark = unsafe { shared.issue(op, &transfers, until) }?;
             shared.wait_for(op, &mark, until)?;
@@ -245,18 +256,17 @@ impl NcclComm {
     }
 
     /// Starts `transfers` on matrices that are kept until they are done: `rows` for the caller, `sent` for the transfers alone.
-    fn start(
+    fn start<const N: usize>(
         &self,
         call: Call,
-        transfers: impl FnOnce(&CudaMatrix) -> Result<Vec<Transfer>, BackendError>,
-        rows: CudaMatrix,
-        sent: Option<CudaMatrix>,
-    ) -> Result<Pending, CommError> {
+        transfers: &[Transfer],
+        rows: [CudaMatrix; N],
+        sent: Option<[CudaMatrix; N]>,
+    ) -> Result<Pending<N>, CommError> {
         let op = call.op();
-        let transfers = transfers(&rows).map_err(device_error(op))?;
         self.join(call)?;
         // SAFETY: (1) the matrices are kept in what is returned, until the device's computing waits for the mark.
-        let mark = unsafe { self.shared.start(op, &transfers) };
+        let mark = unsafe { self.shared.start(op, transfers) };
         match mark {
             Ok(mark) => Ok(Pending { shared: self.shared.clone(), mark, rows: Some(rows), sent }),
             Err(error) => {
@@ -348,16 +358,35 @@ impl Shared {
         }
     }
 
-    /// Starts a collective after what has been computed, and notes it for the watch.
+    /// Starts a collective beside the computing, after what has been computed, and notes it for the watch.
     ///
     /// # Safety
     /// 1. What the transfers touch is this device's memory, and stays allocated until the device's computing waits for the lane.
     unsafe fn start(&self, op: &'static str, transfers: &[Transfer]) -> Result<Arc<Mark>, CommError> {
         let since = Instant::now();
         // SAFETY: (1) by the caller.
-        let mark = Arc::new(unsafe { self.issue(op, transfers, since + self.deadline) }?);
+        let mark = unsafe { self.issue(op, transfers, since + self.deadline) }?;
+        Ok(self.watched(op, since, mark))
+    }
+
+    /// Issues a collective among the computing, of which it takes its turn: for one that is awaited at once anyway.
+    ///
+    /// # Safety
+    /// 1. What the transfers touch is this device's memory, allocated now.
+    unsafe fn compute(&self, op: &'static str, transfers: &[Transfer]) -> Result<(), CommError> {
+        let since = Instant::now();
+        self.lane.bind(op).map_err(self.broken(op))?;
+        let computing = self.lane.computing().map_err(self.broken(op))?;
+        // SAFETY: (1) by the caller, and memory is given back in the order of the computing; (2) the stream is the device's, which is current.
+        unsafe { self.transfer(op, transfers, computing, since + self.deadline) }?;
+        self.watched(op, since, self.lane.mark_computing().map_err(self.broken(op))?);
+        Ok(())
+    }
+
+    fn watched(&self, op: &'static str, since: Instant, mark: Mark) -> Arc<Mark> {
+        let mark = Arc::new(mark);
         self.lock_under_way().push_back(UnderWay { op, since, mark: mark.clone() });
-        Ok(mark)
+        mark
     }
 
     /// Issues transfers on the lane, after what has been computed.
@@ -366,15 +395,28 @@ impl Shared {
     /// As for [`Shared::start`].
     unsafe fn issue(&self, op: &'static str, transfers: &[Transfer], until: Instant) -> Result<Mark, CommError> {
         self.lane.follow(op).map_err(self.broken(op))?;
-        if !transfers.is_empty() {
-            self.with_handle(op, |handle| {
-                // SAFETY: (1) by the caller; (2) the lane is of the rank's device, which `follow` has made current.
-                let begun = unsafe { self.nccl.transfer(handle, transfers, self.lane.raw()) };
-                let begun = begun.map_err(self.refused(op))?;
-                self.issued(op, handle, begun, until)
-            })?;
-        }
+        // SAFETY: (1) by the caller; (2) the lane is of the rank's device, which `follow` has made current.
+        unsafe { self.transfer(op, transfers, self.lane.raw(), until) }?;
         self.lane.mark().map_err(self.broken(op))
+    }
+
+    /// # Safety
+    /// As for [`Nccl::transfer`].
+    unsafe fn transfer(
+        &self,
+        op: &'static str,
+        transfers: &[Transfer],
+        stream: *mut c_void,
+        until: Instant,
+    ) -> Result<(), CommError> {
+        if transfers.is_empty() {
+            return Ok(());
+        }
+        self.with_handle(op, |handle| {
+            // SAFETY: (1), (2) by the caller.
+            let begun = unsafe { self.nccl.transfer(handle, transfers, stream) };
+            self.issued(op, handle, begun.map_err(self.refused(op))?, until)
+        })
     }
 
     /// Waits until what was begun has been issued to the device, which is usually at once.
@@ -426,14 +468,14 @@ impl Shared {
     }
 }
 
-impl Pending {
+impl<const N: usize> Pending<N> {
     /// Makes what is computed from here on wait for the collective.
     fn rejoin(&self) -> Result<(), CommError> {
         self.shared.lane.rejoin(&self.mark).map_err(device_error("finish"))
     }
 
     /// What was received and what was sent.
-    fn finish(mut self) -> Result<(CudaMatrix, Option<CudaMatrix>), CommError> {
+    fn finish(mut self) -> Result<([CudaMatrix; N], Option<[CudaMatrix; N]>), CommError> {
         self.rejoin()?;
         let rows = self.rows.take().expect("taken once");
         self.shared.check()?;
@@ -441,7 +483,7 @@ impl Pending {
     }
 }
 
-impl Drop for Pending {
+impl<const N: usize> Drop for Pending<N> {
     fn drop(&mut self) {
         // Not finished: the matrices are about to be given back. Should this fail, the device does no more work at all.
         if self.rows.is_some() {
@@ -451,8 +493,8 @@ impl Drop for Pending {
 }
 
 impl Comm<CudaMatrix, CudaScores> for NcclComm {
-    type Pending = Pending;
-    type Exchange = Pending;
+    type Pending<const N: usize> = Pending<N>;
+    type Exchange<const N: usize> = Pending<N>;
 
     fn rank(&self) -> usize {
         self.shared.rank
@@ -462,58 +504,53 @@ impl Comm<CudaMatrix, CudaScores> for NcclComm {
         self.shared.size
     }
 
-    fn all_gather(&self, rows: CudaMatrix, counts: &[usize]) -> Result<Pending, CommError> {
-        let call = self.checked(Call::all_gather(self.shared.size, (rows.rows(), rows.cols()), counts))?;
-        let transfers = |rows: &CudaMatrix| {
-            let at = rows.extent(0, rows.rows())?.address;
-            Ok(transfers::all_gather(self.shared.rank, counts, rows.extent(0, 1)?.bytes, at))
-        };
-        self.start(call, transfers, rows, None)
+    fn all_gather<const N: usize>(&self, rows: [CudaMatrix; N], counts: &[usize]) -> Result<Pending<N>, CommError> {
+        let call = self.checked(Call::all_gather(self.shared.size, &rows.each_ref().map(dimensions), counts))?;
+        let places = places(&rows).map_err(device_error(call.op()))?;
+        self.start(call, &transfers::all_gather(self.shared.rank, counts, &places), rows, None)
     }
 
-    fn all_to_all(
+    fn all_to_all<const N: usize>(
         &self,
-        send: CudaMatrix,
+        send: [CudaMatrix; N],
         send_counts: &[usize],
-        receive: CudaMatrix,
+        receive: [CudaMatrix; N],
         receive_counts: &[usize],
-    ) -> Result<Pending, CommError> {
-        let [source, target] = [&send, &receive].map(|matrix| (matrix.rows(), matrix.cols()));
-        let call = Call::all_to_all(self.shared.size, (source, send_counts), (target, receive_counts));
+    ) -> Result<Pending<N>, CommError> {
+        let [from, to] = [&send, &receive].map(|matrices| matrices.each_ref().map(dimensions));
+        let call = Call::all_to_all(self.shared.size, (&from, send_counts), (&to, receive_counts));
         let call = self.checked(call)?;
-        let from = send.extent(0, send.rows()).map_err(device_error(call.op()))?.address;
-        let transfers = |receive: &CudaMatrix| {
-            let to = receive.extent(0, receive.rows())?.address;
-            let row_bytes = receive.extent(0, 1)?.bytes;
-            Ok(transfers::all_to_all(self.shared.rank, (from, send_counts), (to, receive_counts), row_bytes))
-        };
-        self.start(call, transfers, receive, Some(send))
+        let [from, to] = [&send, &receive].map(|matrices| places(matrices).map_err(device_error(call.op())));
+        let transfers = transfers::all_to_all(self.shared.rank, (&from?, send_counts), (&to?, receive_counts));
+        self.start(call, &transfers, receive, Some(send))
     }
 
-    fn finish_all_to_all(&self, exchange: Pending) -> Result<(CudaMatrix, CudaMatrix), CommError> {
+    fn finish_all_to_all<const N: usize>(
+        &self,
+        exchange: Pending<N>,
+    ) -> Result<([CudaMatrix; N], [CudaMatrix; N]), CommError> {
         let (received, sent) = exchange.finish()?;
-        Ok((sent.expect("an all-to-all sends from a matrix of its own"), received))
+        Ok((sent.expect("an all-to-all sends from matrices of its own"), received))
     }
 
-    fn finish(&self, pending: Pending) -> Result<CudaMatrix, CommError> {
+    fn finish<const N: usize>(&self, pending: Pending<N>) -> Result<[CudaMatrix; N], CommError> {
         pending.finish().map(|(rows, _)| rows)
     }
 
-    fn all_gather_scores(&self, rows: &mut CudaScores, counts: &[usize]) -> Result<(), CommError> {
-        let call = self.checked(Call::all_gather_scores(self.shared.size, (rows.rows(), rows.cols()), counts))?;
+    fn all_gather_partials(
+        &self,
+        parts: &mut CudaMatrix,
+        lse: &mut CudaScores,
+        counts: &[usize],
+    ) -> Result<(), CommError> {
+        let both = [dimensions(parts), (lse.rows(), lse.cols())];
+        let call = self.checked(Call::all_gather_partials(self.shared.size, &both, counts))?;
         let op = call.op();
+        let [parts, lse] = [parts.extent(0, 1), lse.extent(0, 1)].map(|place| place.map_err(device_error(op)));
+        let transfers = transfers::all_gather(self.shared.rank, counts, &[parts?, lse?]);
         self.join(call)?;
-        let extent = |count| rows.extent(0, count).map_err(device_error(op));
-        let (whole, row) = (extent(rows.rows())?, extent(1)?);
-        let transfers = transfers::all_gather(self.shared.rank, counts, row.bytes, whole.address);
-        // SAFETY: (1) the scores are borrowed until the computing waits for them, below or in `give_up`.
-        match unsafe { self.shared.start(op, &transfers) } {
-            Ok(mark) => self.shared.lane.rejoin(&mark).map_err(device_error(op))?,
-            Err(error) => {
-                self.shared.give_up();
-                return Err(error);
-            }
-        }
+        // SAFETY: (1) both are borrowed.
+        unsafe { self.shared.compute(op, &transfers) }.inspect_err(|_| self.shared.give_up())?;
         self.shared.check()
     }
 

@@ -9,7 +9,7 @@ use std::ops::Range;
 
 use crate::backend::{AttentionTask, Backend, Mask, Segment};
 use crate::comm::Comm;
-use crate::engine::kv::{KeyValues, Moving};
+use crate::engine::kv::KeyValues;
 use crate::engine::prefill::PrefillState;
 use crate::engine::rank::{Rank, RankError};
 use crate::plan::{PrefillPlan, RankLayout, Run};
@@ -139,7 +139,7 @@ fn send<B: Backend, C: Comm<B::Matrix, B::Scores>>(
     ways: &mut Option<[KeyValues<B::Matrix>; 2]>,
     rows: &KeyValues<B::Matrix>,
     [send_rows, receive_rows]: [usize; 2],
-) -> Result<Moving<C::Exchange>, RankError> {
+) -> Result<C::Exchange<2>, RankError> {
     let [mut copy, receive] = ways.take().expect("in place between steps");
     copy.copy_from(rank.backend, 0, rows, 0, send_rows)?;
     Ok(copy.rotate(&rank.comm, send_rows, receive, receive_rows)?)

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use crate::backend::{Backend, BackendError};
 use crate::comm::Comm;
-use crate::engine::kv::{KeyValues, Moving};
+use crate::engine::kv::KeyValues;
 use crate::engine::prefill::PrefillState;
 use crate::engine::rank::{Rank, RankError};
 use crate::plan::{Host, PrefillPlan, RankLayout, Selector};
@@ -28,9 +28,9 @@ pub struct Selection<B: Backend> {
 }
 
 /// Compressed blocks on their way.
-pub enum Gathering<P> {
-    Native(Moving<P>),
-    Fp8(P),
+pub enum Gathering<KeysAndValues, Quantized> {
+    Native(KeysAndValues),
+    Fp8(Quantized),
 }
 
 impl<B: Backend> Selection<B> {
@@ -94,7 +94,7 @@ impl<B: Backend> Selection<B> {
         rank: &Rank<'_, B, C>,
         plan: &PrefillPlan,
         state: &PrefillState<B>,
-    ) -> Result<Gathering<C::Pending>, RankError> {
+    ) -> Result<Gathering<C::Pending<2>, C::Pending<1>>, RankError> {
         let mut passing = self.passing.take().expect("in place between layers");
         for (index, &host) in state.layout.hosts.iter().enumerate() {
             if plan.hosts[host].compressed > 0 {
@@ -110,19 +110,20 @@ impl<B: Backend> Selection<B> {
         let (first, own) = (self.counts[..me].iter().sum(), self.counts[me]);
         rank.backend.quantize_kv(rank.shape(), passing.view(), first, own, &mut quantized, first)?;
         self.passing = Some(passing);
-        Ok(Gathering::Fp8(rank.comm.all_gather(quantized, &self.counts)?))
+        Ok(Gathering::Fp8(rank.comm.all_gather([quantized], &self.counts)?))
     }
 
     /// Awaits what [`Selection::start`] started: the compressed blocks of all hosts.
     pub fn finish<C: Comm<B::Matrix, B::Scores>>(
         &mut self,
         rank: &Rank<'_, B, C>,
-        gathering: Gathering<C::Pending>,
+        gathering: Gathering<C::Pending<2>, C::Pending<1>>,
     ) -> Result<&KeyValues<B::Matrix>, RankError> {
         match gathering {
             Gathering::Native(moving) => Ok(self.passing.insert(KeyValues::arrived(&rank.comm, moving)?)),
             Gathering::Fp8(moving) => {
-                let quantized = self.quantized.insert(rank.comm.finish(moving)?);
+                let [quantized] = rank.comm.finish(moving)?;
+                let quantized = self.quantized.insert(quantized);
                 let passing = self.passing.as_mut().expect("left in place");
                 // The rank's own blocks too: what a host sees does not depend on where it runs.
                 let rows = self.counts.iter().sum();

@@ -98,20 +98,19 @@ impl<B: Backend> Exchange<B> {
         rows: usize,
     ) -> Result<(), RankError> {
         let shape = rank.shape();
-        let (leaving, coming) = (&self.leaving, &self.coming);
-        let start = |pair: &mut Pair<B::Matrix>, first_col| {
+        let stacked = |pair: &mut Pair<B::Matrix>, first_col| {
             let (mut send, receive) = pair.take();
             if rows > 0 {
                 rank.backend.stack_columns(qkv, (0, first_col), rows, shape.kv_heads, &mut send, 0)?;
             }
-            Ok::<_, RankError>(rank.comm.all_to_all(send, leaving, receive, coming)?)
+            Ok::<_, RankError>((send, receive))
         };
-        let q = start(&mut self.q, 0)?;
-        let k = start(&mut self.k, shape.q_width())?;
-        let v = start(&mut self.v, shape.q_width() + shape.kv_width())?;
-        self.q.0 = Some(rank.comm.finish_all_to_all(q)?);
-        self.k.0 = Some(rank.comm.finish_all_to_all(k)?);
-        self.v.0 = Some(rank.comm.finish_all_to_all(v)?);
+        let (q, to_q) = stacked(&mut self.q, 0)?;
+        let (k, to_k) = stacked(&mut self.k, shape.q_width())?;
+        let (v, to_v) = stacked(&mut self.v, shape.q_width() + shape.kv_width())?;
+        let exchange = rank.comm.all_to_all([q, k, v], &self.leaving, [to_q, to_k, to_v], &self.coming)?;
+        let ([sent_q, sent_k, sent_v], [q, k, v]) = rank.comm.finish_all_to_all(exchange)?;
+        (self.q.0, self.k.0, self.v.0) = (Some((sent_q, q)), Some((sent_k, k)), Some((sent_v, v)));
         Ok(())
     }
 
@@ -135,8 +134,8 @@ impl<B: Backend> Exchange<B> {
     ) -> Result<(), RankError> {
         let (left, came) = self.q.take();
         let given = self.attended.take().expect("in place between exchanges");
-        let back = rank.comm.all_to_all(given, &self.coming, left, &self.leaving)?;
-        let (given, returned) = rank.comm.finish_all_to_all(back)?;
+        let back = rank.comm.all_to_all([given], &self.coming, [left], &self.leaving)?;
+        let ([given], [returned]) = rank.comm.finish_all_to_all(back)?;
         self.attended = Some(given);
         if rows > 0 {
             rank.backend.unstack_columns(&returned, 0, rows, rank.shape().kv_heads, attended, 0)?;
