@@ -54,6 +54,7 @@ macro_rules! with_functions {
             the_first_reason_of_an_abort_is_kept: 1,
             a_rank_that_dies_ends_every_collective_of_the_others: 2,
             a_rank_that_never_comes_ends_the_wait_of_the_others: 2,
+            a_rank_that_comes_further_is_waited_for_beyond_the_deadline: 2,
             ranks_that_disagree_are_told_so: 3,
             sizes_wrong_by_themselves_are_refused: 2,
         }
@@ -401,6 +402,19 @@ pub fn a_rank_that_never_comes_ends_the_wait_of_the_others<R: Ranks>(ranks: &R) 
         assert!(results[..size - 1].iter().all(|(first, _)| first.is_err()), "{op:?}: {results:?}");
         let ended = |result: &Result<(), CommError>| matches!(result, Err(CommError::Aborted { .. }));
         assert!(results.iter().all(|(_, later)| ended(later)), "{op:?}: {results:?}");
+    }
+}
+
+pub fn a_rank_that_comes_further_is_waited_for_beyond_the_deadline<R: Ranks>(ranks: &R) {
+    let (size, deadline) = (ranks.most().min(3), Duration::from_millis(600));
+    for op in [Op::AllGather, Op::Partials, Op::Broadcast] {
+        on_all(ranks, size, deadline, |rank, comm| {
+            for _ in (0..6).filter(|_| rank + 1 == size) {
+                std::thread::sleep(deadline / 3);
+                comm.come_further();
+            }
+            call(ranks, &comm, op).expect("twice as late as the deadline, but never silent for so long");
+        });
     }
 }
 

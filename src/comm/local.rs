@@ -43,7 +43,7 @@ pub struct Exchange<const N: usize> {
 }
 
 impl LocalComm {
-    /// The ends of a communicator of `size` ranks, by rank. No call waits longer than `deadline` for the other ranks.
+    /// The ends of a communicator of `size` ranks, by rank. No call waits longer than `deadline` without one of them coming further.
     ///
     /// # Panics
     /// If `size` is 0.
@@ -204,6 +204,10 @@ impl Comm<Matrix, Scores> for LocalComm {
 
     fn barrier(&self) -> Result<(), CommError> {
         self.exchange(Call::Barrier, 0).map(drop)
+    }
+
+    fn come_further(&self) {
+        self.meeting.come_further();
     }
 
     fn check(&self) -> Result<(), CommError> {

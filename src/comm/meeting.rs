@@ -4,6 +4,8 @@
 
 use std::sync::Arc;
 use std::time::Duration;
+#[cfg(feature = "cuda")]
+use std::time::Instant;
 
 use super::CommError;
 #[cfg(feature = "cuda")]
@@ -53,6 +55,14 @@ impl Meeting {
         }
     }
 
+    /// As [`Rounds::come_further`].
+    pub fn come_further(&self) {
+        match self {
+            Self::Here(rounds) => rounds.come_further(),
+            Self::There(line) => line.come_further(),
+        }
+    }
+
     /// As [`Rounds::leave`].
     pub fn leave(&self, rank: usize) {
         match self {
@@ -69,6 +79,14 @@ impl Meeting {
         match self {
             Self::Here(rounds) => rounds.join(round, rank, call),
             Self::There(line) => line.join(round, call),
+        }
+    }
+
+    /// As [`Rounds::progress`].
+    pub fn progress(&self) -> Instant {
+        match self {
+            Self::Here(rounds) => rounds.progress(),
+            Self::There(line) => line.progress(),
         }
     }
 

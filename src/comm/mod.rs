@@ -4,6 +4,9 @@
 //! backend can hide them behind attention. Every call is made by every rank, in the same order; a rank that fails calls [`Comm::abort`], and from then on
 //! every call of every rank, also one that is already waiting, returns [`CommError::Aborted`].
 //!
+//! A deadline is for a wait in which nothing happens: it begins anew whenever a rank comes to a collective or says that it has come further, so that a rank
+//! may have more to do than another for as long as it takes.
+//!
 //! Invariant: no rank can hang: every wait ends by its deadline, by an abort, or because a peer is gone.
 
 mod call;
@@ -23,8 +26,8 @@ pub enum CommError {
     /// Some rank gave up; the first reason given.
     #[error("rank {rank} aborted: {reason}")]
     Aborted { rank: usize, reason: String },
-    /// The other ranks did not come in time.
-    #[error("{op}: rank {rank} waited {seconds} s for the other ranks")]
+    /// The other ranks did not come, and none of them came further in the time of a deadline.
+    #[error("{op}: rank {rank} waited for the other ranks, and for {seconds} s none of them came further")]
     TimedOut { op: &'static str, rank: usize, seconds: u64 },
     /// The ranks disagree on sizes or on which collective this is: a mistake in the caller.
     #[error("{op}: rank {rank} expected {expected}, a peer came with {got}")]
@@ -84,6 +87,9 @@ pub trait Comm<M, S>: Send {
     fn broadcast(&self, root: usize, value: u64) -> Result<u64, CommError>;
     /// Returns when every rank has called it.
     fn barrier(&self) -> Result<(), CommError>;
+    /// Tells ranks that wait for this one that it has come further. To be called when the device has done something, not when it is asked to. Waits for
+    /// nobody.
+    fn come_further(&self);
     /// Whether the communicator still stands. A device may take what an aborted collective left for its result: to be asked after a wait for the
     /// device, before what came of it is used. Waits for nobody.
     fn check(&self) -> Result<(), CommError>;

@@ -3,7 +3,8 @@
 //! A round whose calls disagree fails on every rank that came or comes to it, with what that rank and a peer asked for; the
 //! communicator is then aborted, since the ranks are out of step.
 //!
-//! Invariant: a round is dropped once every rank has taken it; an abort is never undone.
+//! Invariant: a round is dropped once every rank has taken it; an abort is never undone; nobody waits longer than the deadline without a rank having come
+//! further.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -35,6 +36,8 @@ pub(super) struct Rounds {
 struct State {
     open: BTreeMap<u64, Round>,
     aborted: Option<CommError>,
+    /// When a rank has last come further.
+    progress: Instant,
     /// Ranks whose end was dropped.
     left: Vec<bool>,
 }
@@ -84,7 +87,8 @@ impl Round {
 
 impl Rounds {
     pub(super) fn new(size: usize, deadline: Duration) -> Self {
-        let state = State { open: BTreeMap::new(), aborted: None, left: vec![false; size] };
+        let (open, progress) = (BTreeMap::new(), Instant::now());
+        let state = State { open, aborted: None, progress, left: vec![false; size] };
         Self { deadline, state: Mutex::new(state), changed: Condvar::new(), fewer: Condvar::new() }
     }
 
@@ -95,6 +99,7 @@ impl Rounds {
         if state.aborted.is_some() && !state.open.contains_key(&round) {
             return state.check_aborted();
         }
+        state.progress = Instant::now();
         let opened = state.open.entry(round).or_insert_with(|| Round::new(size));
         opened.deposits[rank] = Some(deposit);
         let mismatch = opened.mismatch(rank);
@@ -113,6 +118,16 @@ impl Rounds {
         self.deposit(round, rank, Deposit { call, rows: Arc::default(), value: 0 })?;
         self.lock().taken_by_one(round);
         Ok(())
+    }
+
+    /// A rank has come further: who waits does so for another deadline.
+    pub(super) fn come_further(&self) {
+        self.lock().progress = Instant::now();
+    }
+
+    /// When a rank has last come further.
+    pub(super) fn progress(&self) -> Instant {
+        self.lock().progress
     }
 
     /// Why the communicator has ended, if it has or does so within `wait`. A rank that is gone while `rank` waits for it ends it too.
@@ -152,8 +167,8 @@ impl Rounds {
         every: Duration,
         meanwhile: impl Fn(),
     ) -> Result<Vec<Deposit>, CommError> {
-        let until = Instant::now() + self.deadline;
-        let mut called = Instant::now();
+        let began = Instant::now();
+        let mut called = began;
         let mut state = self.lock();
         loop {
             if let Some(result) = state.poll(round, rank) {
@@ -162,6 +177,7 @@ impl Rounds {
                 }
                 return result;
             }
+            let until = began.max(state.progress) + self.deadline;
             let Some(left) = until.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) else {
                 let error = CommError::TimedOut { op, rank, seconds: self.deadline.as_secs() };
                 self.wake_all();

@@ -80,6 +80,8 @@ impl<M: Send, S> Comm<M, S> for SoloComm {
         self.require("barrier", true, "", String::new())
     }
 
+    fn come_further(&self) {}
+
     fn check(&self) -> Result<(), CommError> {
         self.require("check", true, "", String::new())
     }

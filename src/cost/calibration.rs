@@ -103,7 +103,7 @@ impl Calibration {
             },
             network: Network {
                 gpus_per_node: 8,
-                within: Link { latency_us: 26.0, gb_s: 225.0, measured: true },
+                within: Link { latency_us: 30.0, gb_s: 225.0, measured: true },
                 between: Link { latency_us: 36.0, gb_s: 45.0, measured: false },
             },
         }

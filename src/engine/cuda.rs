@@ -31,8 +31,8 @@ const CONCURRENCY: usize = 48;
 
 /// Until all GPUs of a group are connected; loading NCCL and finding the links takes seconds.
 const START_DEADLINE: Duration = Duration::from_secs(120);
-/// How long a rank waits for the others in a collective. One that fails is noticed at once; this is for one that is stuck, and longer than the layers
-/// that a rank may be ahead of another, of any context that fits.
+/// How long a rank waits for the others in a collective while none of them comes further. One that fails is noticed at once; this is for one that is
+/// stuck, and longer than the few layers, of any context that fits, after which a rank is heard of at the latest.
 const PEER_DEADLINE: Duration = Duration::from_secs(120);
 
 /// How to open a model on GPUs.

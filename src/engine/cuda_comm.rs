@@ -116,6 +116,10 @@ impl Comm<CudaMatrix, CudaScores> for CudaComm {
         either!(self, barrier())
     }
 
+    fn come_further(&self) {
+        either!(self, come_further());
+    }
+
     fn check(&self) -> Result<(), CommError> {
         either!(self, check())
     }

@@ -19,8 +19,8 @@ use super::host_memory::available_bytes;
 use super::open::OpenError;
 use super::service::ModelEngine;
 
-/// How long a rank waits for the others in a collective. One that fails is noticed at once; this is for one that is stuck, and
-/// far longer than the layer of any context that a processor can be asked to read.
+/// How long a rank waits for the others in a collective while none of them comes further. One that fails is noticed at once; this is for one that is
+/// stuck, and far longer than the layer of any context that a processor can be asked to read.
 const PEER_DEADLINE: Duration = Duration::from_secs(60 * 60);
 
 /// Rows that a thread of the backend works on at a time, at most.

@@ -54,12 +54,14 @@ impl<'r, 'a, B: Backend, C: Comm<B::Matrix, B::Scores>> Member<'r, 'a, B, C> {
     fn layer(&mut self, sequence: SequenceId) -> Result<(), RankError> {
         let prefill = self.prefilling.get_mut(&sequence).ok_or_else(|| unknown(sequence))?;
         let is_done = prefill.layer(self.rank, &mut self.decoder)?;
-        if !is_done {
-            return Ok(self.rank.backend.pace()?);
+        match is_done {
+            false => self.rank.backend.pace()?,
+            // The layers' buffers are free for the next context once the device has come here.
+            true => self.rank.backend.synchronize()?,
         }
-        // The layers' buffers are free for the next context once the device has come here.
-        self.rank.backend.synchronize()?;
-        if let Some(prefill) = self.prefilling.remove(&sequence) {
+        // Ranks that have less to do wait for this one: their deadline is for a few layers, not for all of a context.
+        self.rank.comm.come_further();
+        if is_done && let Some(prefill) = self.prefilling.remove(&sequence) {
             self.ready.insert(sequence, prefill.finish());
         }
         Ok(())

@@ -187,7 +187,7 @@ class Pool:
     def decode(self):
         runs = []
         for ranks in [1, *self.counts]:
-            options = ["--attention", "apb", "--hosts", 8, "--ranks", ranks, "--tokens", "128k"]
+            options = ["--attention", "apb", "--hosts", 8, "--ranks", ranks, "--tokens", "4k,32k,128k"]
             runs.append(Run(f"decode-{ranks}", lambda options=options: self.bench("decode", *options, timeout=200), 40))
         return runs
 

@@ -52,6 +52,7 @@ type At = (Kind, usize, Fault);
 struct Unruly {
     inner: LocalComm,
     delays: Mutex<StdRng>,
+    layer_takes: Duration,
     fault: Option<At>,
     calls: Arc<Mutex<BTreeMap<Kind, usize>>>,
     /// Whether a call has failed here.
@@ -149,6 +150,10 @@ impl Comm<Matrix, Scores> for Unruly {
     fn barrier(&self) -> Result<(), CommError> {
         self.call(Kind::Barrier, Comm::<Matrix, Scores>::barrier)
     }
+    fn come_further(&self) {
+        std::thread::sleep(self.layer_takes);
+        Comm::<Matrix, Scores>::come_further(&self.inner);
+    }
     fn check(&self) -> Result<(), CommError> {
         self.heard(Comm::<Matrix, Scores>::check(&self.inner))
     }
@@ -192,6 +197,17 @@ impl Trial {
     }
 
     fn run(&self, seed: u64, fault: Option<(usize, At)>) -> Ended {
+        self.run_slowly(seed, fault, DEADLINE, [Duration::ZERO; RANKS])
+    }
+
+    /// As [`run`](Self::run), with a layer taking each rank so much longer.
+    fn run_slowly(
+        &self,
+        seed: u64,
+        fault: Option<(usize, At)>,
+        deadline: Duration,
+        layer_takes: [Duration; RANKS],
+    ) -> Ended {
         let (context, query) = self.tokens.split_at(60);
         let plan = runs::plan(&self.case, context.len(), query.len());
         let job = Job { context, query, plan: &plan, new_tokens: 2 };
@@ -200,11 +216,12 @@ impl Trial {
         let end = |(rank, inner): (usize, LocalComm)| Unruly {
             inner,
             delays: Mutex::new(StdRng::seed_from_u64(100 * seed + rank as u64)),
+            layer_takes: layer_takes[rank],
             fault: fault.filter(|(culprit, _)| *culprit == rank).map(|(_, at)| at),
             calls: calls[rank].clone(),
             failed: failed[rank].clone(),
         };
-        let ends = LocalComm::group(RANKS, DEADLINE).into_iter().enumerate().map(end).collect();
+        let ends = LocalComm::group(RANKS, deadline).into_iter().enumerate().map(end).collect();
         let mut driver = Forced::new(&[5, 6]);
         let timing = runs::run_over(&self.model, &job, ends, &mut driver);
         Ended {
@@ -247,6 +264,26 @@ fn a_prefill_takes_until_the_last_rank_is_through() {
     for rank in 0..RANKS {
         let ended = star.run(0, Some((rank, (Kind::AllGatherPartials, 0, Fault::Late))));
         assert!(ended.outcome.is_ok() && ended.timing.prefill >= LATE, "rank {rank}: {:?}", ended.timing);
+    }
+}
+
+#[test]
+fn a_rank_may_take_longer_than_the_deadline_for_a_context_but_not_for_a_layer() {
+    let star = Trial::new(AttentionMode::Star, Selector::None, Execution::default());
+    let (logits, deadline) = (star.run(0, None).outcome.unwrap(), 2 * LATE);
+    for rank in 0..RANKS {
+        let only = |takes: Duration| {
+            let mut layer_takes = [Duration::ZERO; RANKS];
+            layer_takes[rank] = takes;
+            star.run_slowly(0, None, deadline, layer_takes)
+        };
+        let ended = only(LATE);
+        assert!(ended.timing.prefill > deadline, "rank {rank}: {:?}", ended.timing);
+        assert_eq!(ended.outcome.unwrap(), logits, "rank {rank}");
+        // For the root the others wait outside of collectives: it tells them what comes next.
+        let stuck = only(2 * deadline).outcome.map(drop);
+        let is_told = matches!(&stuck, Err(EngineError::Device { reason }) if reason.contains("came further"));
+        assert_eq!(is_told, rank > 0, "rank {rank}: {stuck:?}");
     }
 }
 

@@ -29,9 +29,10 @@ pub(in crate::comm) struct Line {
     changed: Condvar,
 }
 
-#[derive(Default)]
 struct State {
     taken: HashMap<u64, Vec<Deposit>>,
+    /// When a rank has last come further, as far as has been heard.
+    progress: Instant,
     /// How the communicator ended, in the words in which this rank has to be told first.
     first: Option<End>,
     ended: Option<CommError>,
@@ -50,7 +51,7 @@ impl Line {
         let (stream, secret) = sit_down(place, Seat::Rank(rank), size).map_err(refused)?;
         let clone = || stream.try_clone().map_err(|error| refused(error.to_string()));
         let (saying, heard) = (Mutex::new(clone()?), clone()?);
-        let state = Mutex::default();
+        let state = Mutex::new(State::new());
         let line = Arc::new(Self { rank, deadline, stream, saying, state, changed: Condvar::new() });
         let (listener, beater) = (line.clone(), Arc::downgrade(&line));
         let named = |what: &str| thread::Builder::new().name(format!("apbd-line-{what}-{rank}"));
@@ -86,20 +87,32 @@ impl Line {
 
     /// Waits for what all have brought to a round.
     pub fn take(&self, round: u64, op: &'static str) -> Result<Vec<Deposit>, CommError> {
-        // The hub keeps the deadline; beyond it there is no hub.
-        let until = Instant::now() + self.deadline + SILENCE;
+        let began = Instant::now();
         let mut state = self.lock();
         loop {
             if let Some(deposits) = state.taken.remove(&round) {
                 return Ok(deposits);
             }
             state.check(op, self.rank)?;
+            // The hub keeps the deadline; beyond it there is no hub.
+            let until = began.max(state.progress) + self.deadline + SILENCE;
             let Some(left) = until.checked_duration_since(Instant::now()) else {
                 state.end(End::Failed { reason: "the first node does not answer".to_owned() }, self.rank);
                 continue;
             };
             state = self.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
         }
+    }
+
+    /// As the rounds' own.
+    pub fn come_further(&self) {
+        self.say(&Say::Further, &[]);
+    }
+
+    /// As the rounds' own.
+    #[cfg(feature = "cuda")]
+    pub fn progress(&self) -> Instant {
+        self.lock().progress
     }
 
     /// Gives up, for all ranks.
@@ -171,7 +184,11 @@ impl Line {
                     None => state.end(End::Failed { reason: "the hub sent too few rows".to_owned() }, self.rank),
                 },
                 Ok((Tell::Ended { end }, _)) => state.end(end, self.rank),
-                Ok((Tell::Beat, _)) => continue,
+                Ok((Tell::Quiet { ms }, _)) => {
+                    let came = Instant::now().checked_sub(Duration::from_millis(ms));
+                    state.progress = came.map_or(state.progress, |came| state.progress.max(came));
+                    continue;
+                }
                 Ok(_) => state.end(End::Failed { reason: "the hub is not understood".to_owned() }, self.rank),
                 Err(error) => {
                     let reason = match error.kind() {
@@ -193,6 +210,10 @@ impl Line {
 }
 
 impl State {
+    fn new() -> Self {
+        Self { taken: HashMap::new(), progress: Instant::now(), first: None, ended: None, left: false }
+    }
+
     /// The communicator is over; what comes after the first telling of why is its echo.
     fn end(&mut self, end: End, rank: usize) {
         if self.ended.is_none() {

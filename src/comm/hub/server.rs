@@ -227,6 +227,7 @@ fn hear(mut stream: TcpStream, rank: usize, rounds: &Rounds, awaited: &Sender<(u
                     break "its node does not listen".to_owned();
                 }
             }
+            Ok((Say::Further, _)) => rounds.come_further(),
             Ok((Say::Abort { reason }, _)) => break reason,
             Ok((Say::Leave, _)) => {
                 rounds.leave(rank);
@@ -254,9 +255,10 @@ fn tell(stream: &Mutex<TcpStream>, rank: usize, rounds: &Rounds, awaited: &Recei
     let say = |tell: &Tell, rows: &[&[f32]]| {
         wire::write(&mut *stream.lock().unwrap_or_else(PoisonError::into_inner), tell, rows).is_ok()
     };
+    let beat = || say(&Tell::Quiet { ms: rounds.progress().elapsed().as_millis() as u64 }, &[]);
     // That it is not heard is noticed by what is said next.
     let still_here = || {
-        let _ = say(&Tell::Beat, &[]);
+        let _ = beat();
     };
     let (mut is_over, mut said) = (false, Instant::now());
     loop {
@@ -277,7 +279,7 @@ fn tell(stream: &Mutex<TcpStream>, rank: usize, rounds: &Rounds, awaited: &Recei
                     is_over = true;
                     say(&Tell::Ended { end: error.into() }, &[])
                 }
-                _ if said.elapsed() > BEAT => say(&Tell::Beat, &[]),
+                _ if said.elapsed() > BEAT => beat(),
                 _ => continue,
             },
             Err(RecvTimeoutError::Disconnected) => return,

@@ -114,7 +114,7 @@ fn orders_come_as_they_were_given_and_end_with_the_hub() {
 }
 
 #[test]
-fn a_rank_that_waits_for_others_hears_of_the_hub_meanwhile() {
+fn a_rank_that_waits_for_others_hears_of_the_hub_meanwhile_and_of_who_comes_further() {
     let first = place(2, PATIENT);
     std::thread::scope(|scope| {
         let node = scope.spawn(|| {
@@ -131,10 +131,17 @@ fn a_rank_that_waits_for_others_hears_of_the_hub_meanwhile() {
             let (mut rank, _orders) = (sit(Seat::Rank(1)), sit(Seat::Node(1)));
             assert!(matches!(wire::read(&mut rank).unwrap().0, Tell::Welcome { .. }));
             // It comes to a round to which the first node does not come.
-            let (call, asked) = (Call::Barrier, Instant::now());
+            let (mut says, call, asked) = (rank.try_clone().unwrap(), Call::Barrier, Instant::now());
             wire::write(&mut rank, &Say::Deposit { round: 0, call, value: 0, awaited: true }, &[]).unwrap();
-            assert!(matches!(wire::read(&mut rank).unwrap().0, Tell::Beat));
-            asked.elapsed()
+            let mut quiet_since = |came: Instant| match wire::read(&mut rank).unwrap().0 {
+                Tell::Quiet { ms } => assert!(Duration::from_millis(ms) <= came.elapsed(), "{ms} ms"),
+                other => panic!("{other:?}"),
+            };
+            quiet_since(asked);
+            let (waited, further) = (asked.elapsed(), Instant::now());
+            wire::write(&mut says, &Say::Further, &[]).unwrap();
+            quiet_since(further);
+            waited
         });
         let (_ends, _side) = LocalComm::group_at(&first, 1, PATIENT).unwrap();
         let waited = node.join().unwrap();

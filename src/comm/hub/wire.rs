@@ -35,6 +35,8 @@ pub(super) enum Say {
     Hello { token: String, seat: Seat, size: usize },
     /// It comes to a round with its rows; `awaited` if it wants those of all.
     Deposit { round: u64, call: Call, value: u64, awaited: bool },
+    /// It has come further.
+    Further,
     /// It gives up.
     Abort { reason: String },
     /// It has done its work.
@@ -57,8 +59,10 @@ pub(super) enum Tell {
     Ended { end: End },
     /// An order for a node.
     Order { order: serde_json::Value },
-    /// The hub is still there.
+    /// The hub is still there; to a node.
     Beat,
+    /// The same to a rank, with the milliseconds since any rank has come further.
+    Quiet { ms: u64 },
 }
 
 /// A deposit without its rows.

@@ -41,7 +41,7 @@ const NAP: Duration = Duration::from_micros(50);
 pub struct Deadlines {
     /// Until all are there and connected.
     pub start: Duration,
-    /// For one collective, from when a rank has asked for it until its device has passed it. What is computed before counts too.
+    /// For one collective, from when a rank has asked for it, or any has last come further, until its device has passed it.
     pub collective: Duration,
 }
 
@@ -69,6 +69,9 @@ struct Shared {
     closing: AtomicBool,
     lane: Lane,
 }
+
+/// When a wait has lasted too long: asked again and again, because it may come to be later.
+type Until<'a> = &'a dyn Fn() -> Instant;
 
 struct UnderWay {
     op: &'static str,
@@ -195,7 +198,7 @@ impl NcclComm {
     fn connect(&self, within: Duration) -> Result<(), CommError> {
         let shared = &*self.shared;
         let until = Instant::now() + within;
-        shared.with_handle("start", |handle| shared.issued("start", handle, Progress::UnderWay, until))?;
+        shared.with_handle("start", |handle| shared.issued("start", handle, Progress::UnderWay, &|| until))?;
         self.try_out(until)
     }
 
@@ -209,8 +212,8 @@ impl NcclComm {
         for counts in [vec![1; size], uneven] {
             let transfers = transfers::all_gather(rank, &counts, &[first_row]);
             // SAFETY: (1) the matrix has a row for every rank, and is kept until the device has passed the mark below.
-            let mark = unsafe { shared.issue(op, &transfers, until) }?;
-            shared.wait_for(op, &mark, until)?;
+            let mark = unsafe { shared.issue(op, &transfers, &|| until) }?;
+            shared.wait_for(op, &mark, &|| until)?;
         }
         Ok(())
     }
@@ -235,7 +238,7 @@ impl NcclComm {
         loop {
             let oldest = shared.lock_under_way().front().map(|oldest| (oldest.op, oldest.mark.clone(), oldest.since));
             let Some((op, mark, since)) = oldest else { return shared.check() };
-            shared.wait_for(op, &mark, since + shared.deadline)?;
+            shared.wait_for(op, &mark, &|| shared.until(since))?;
             shared.lock_under_way().retain(|other| !Arc::ptr_eq(&other.mark, &mark));
         }
     }
@@ -289,6 +292,11 @@ impl NcclComm {
 impl Shared {
     fn lock_under_way(&self) -> MutexGuard<'_, VecDeque<UnderWay>> {
         self.under_way.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Until when a collective may last that was asked for at `since`.
+    fn until(&self, since: Instant) -> Instant {
+        since.max(self.meeting.progress()) + self.deadline
     }
 
     fn timed_out(&self, op: &'static str) -> CommError {
@@ -365,7 +373,7 @@ impl Shared {
     unsafe fn start(&self, op: &'static str, transfers: &[Transfer]) -> Result<Arc<Mark>, CommError> {
         let since = Instant::now();
         // SAFETY: (1) by the caller.
-        let mark = unsafe { self.issue(op, transfers, since + self.deadline) }?;
+        let mark = unsafe { self.issue(op, transfers, &|| self.until(since)) }?;
         Ok(self.watched(op, since, mark))
     }
 
@@ -378,7 +386,7 @@ impl Shared {
         self.lane.bind(op).map_err(self.broken(op))?;
         let computing = self.lane.computing().map_err(self.broken(op))?;
         // SAFETY: (1) by the caller, and memory is given back in the order of the computing; (2) the stream is the device's, which is current.
-        unsafe { self.transfer(op, transfers, computing, since + self.deadline) }?;
+        unsafe { self.transfer(op, transfers, computing, &|| self.until(since)) }?;
         self.watched(op, since, self.lane.mark_computing().map_err(self.broken(op))?);
         Ok(())
     }
@@ -393,7 +401,7 @@ impl Shared {
     ///
     /// # Safety
     /// As for [`Shared::start`].
-    unsafe fn issue(&self, op: &'static str, transfers: &[Transfer], until: Instant) -> Result<Mark, CommError> {
+    unsafe fn issue(&self, op: &'static str, transfers: &[Transfer], until: Until<'_>) -> Result<Mark, CommError> {
         self.lane.follow(op).map_err(self.broken(op))?;
         // SAFETY: (1) by the caller; (2) the lane is of the rank's device, which `follow` has made current.
         unsafe { self.transfer(op, transfers, self.lane.raw(), until) }?;
@@ -407,7 +415,7 @@ impl Shared {
         op: &'static str,
         transfers: &[Transfer],
         stream: *mut c_void,
-        until: Instant,
+        until: Until<'_>,
     ) -> Result<(), CommError> {
         if transfers.is_empty() {
             return Ok(());
@@ -425,7 +433,7 @@ impl Shared {
         op: &'static str,
         handle: &Handle,
         mut progress: Progress,
-        until: Instant,
+        until: Until<'_>,
     ) -> Result<(), CommError> {
         let begun = Instant::now();
         while progress == Progress::UnderWay {
@@ -436,7 +444,7 @@ impl Shared {
     }
 
     /// Waits on the host until the device has passed a mark.
-    fn wait_for(&self, op: &'static str, mark: &Mark, until: Instant) -> Result<(), CommError> {
+    fn wait_for(&self, op: &'static str, mark: &Mark, until: Until<'_>) -> Result<(), CommError> {
         let begun = Instant::now();
         while !mark.has_passed().map_err(self.broken(op))? {
             self.pause(op, begun, until)?;
@@ -446,9 +454,9 @@ impl Shared {
     }
 
     /// One turn of a wait that began at `begun`: ends it if the communicator has ended, or at `until`.
-    fn pause(&self, op: &'static str, begun: Instant, until: Instant) -> Result<(), CommError> {
+    fn pause(&self, op: &'static str, begun: Instant, until: Until<'_>) -> Result<(), CommError> {
         self.check()?;
-        if Instant::now() >= until {
+        if Instant::now() >= until() {
             return Err(self.fail(self.timed_out(op)));
         }
         match begun.elapsed() < SPIN {
@@ -561,6 +569,10 @@ impl Comm<CudaMatrix, CudaScores> for NcclComm {
 
     fn barrier(&self) -> Result<(), CommError> {
         self.exchange(Call::Barrier, 0).map(drop)
+    }
+
+    fn come_further(&self) {
+        self.shared.meeting.come_further();
     }
 
     fn check(&self) -> Result<(), CommError> {

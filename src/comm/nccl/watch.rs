@@ -40,7 +40,7 @@ fn look(shared: &Shared) -> Result<(), CommError> {
             under_way.pop_front();
             continue;
         }
-        if oldest.since + shared.deadline < Instant::now() {
+        if shared.until(oldest.since) < Instant::now() {
             return Err(shared.timed_out(oldest.op));
         }
         break;
