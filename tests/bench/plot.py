@@ -43,7 +43,7 @@ def draw(lines, to):
     for name, line in sorted(lines.items(), key=lambda item: -item[1][common]):
         tokens = sorted(line)
         axes.plot(tokens, [line[n] for n in tokens], marker="o", label=name, linestyle="--" if "transformers" in name else "-")
-    ticks = sorted({n for line in lines.values() for n in line})
+    ticks = sorted({1 << (n.bit_length() - 1) for line in lines.values() for n in line})
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(ticks, [f"{n >> 20}M" if n >> 20 else f"{n >> 10}K" for n in ticks])
