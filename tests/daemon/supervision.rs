@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use apbd::job::{ErrorCode, JobId};
 use apbd::store::{JobState, StoreUrl};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::harness::{Daemon, SOON, Site, apbd, ended, settled, succeeded, until};
 use crate::services::postgres::shared;
@@ -92,7 +92,11 @@ async fn an_engine_that_stands_still_is_killed_within_its_budget_and_the_next_on
     daemon.ready().await;
     let (publisher, store) = (site.publisher().await, site.store().await);
     let job = JobId::random();
-    let body = json!({ "version": 1, "task": "summarise", "documents": [{ "uri": uri }], "max_new_tokens": 2000 });
+    // So many fields that it is still being answered when its progress is told, once a second, also by a fast machine.
+    let fields: serde_json::Map<String, Value> =
+        (0..100).map(|field| (format!("field_{field}"), json!({ "type": "string" }))).collect();
+    let schema = json!({ "type": "object", "required": fields.keys().collect::<Vec<_>>(), "properties": fields });
+    let body = json!({ "version": 1, "task": "extract", "documents": [{ "uri": uri }], "schema": schema, "max_new_tokens": 2000 });
     site.send_raw(&publisher, job, &body, None).await;
     until("it is in the engine", || async {
         let detail = store.show(job).await.expect("shown");
