@@ -53,9 +53,7 @@ impl Lane {
 
     /// What is issued on the lane from here on comes after all that has been issued for computing.
     pub fn follow(&self, op: &'static str) -> Result<(), BackendError> {
-        let issued = Event::untimed(&self.cuda.context)?;
-        issued.record(&self.cuda.stream)?;
-        self.stream.wait(&issued)?;
+        self.stream.wait(&self.end_of(&self.cuda.stream)?)?;
         self.cuda.profile.lane_begins(&self.cuda.context, &self.stream, op)
     }
 
@@ -67,17 +65,20 @@ impl Lane {
 
     /// The computing's present end.
     pub fn mark_computing(&self) -> Result<Mark, BackendError> {
-        let event = Event::untimed(&self.cuda.context)?;
-        event.record(&self.cuda.stream)?;
-        Ok(Mark(event))
+        Ok(Mark(self.end_of(&self.cuda.stream)?))
     }
 
     /// The lane's present end.
     pub fn mark(&self) -> Result<Mark, BackendError> {
-        let event = Event::untimed(&self.cuda.context)?;
-        event.record(&self.stream)?;
+        let end = self.end_of(&self.stream)?;
         self.cuda.profile.lane_ends(&self.cuda.context, &self.stream)?;
-        Ok(Mark(event))
+        Ok(Mark(end))
+    }
+
+    fn end_of(&self, stream: &Stream) -> Result<Event, BackendError> {
+        let event = Event::untimed(&self.cuda.context)?;
+        event.record(stream)?;
+        Ok(event)
     }
 
     /// What is computed from here on comes after a mark.

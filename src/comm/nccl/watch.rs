@@ -8,7 +8,7 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use super::Shared;
+use super::shared::{Shared, device_error};
 use crate::comm::CommError;
 
 /// Time between two looks: far shorter than any deadline, far longer than a look takes.
@@ -36,7 +36,7 @@ fn look(shared: &Shared) -> Result<(), CommError> {
     }
     let mut under_way = shared.lock_under_way();
     while let Some(oldest) = under_way.front() {
-        if oldest.mark.has_passed().map_err(super::device_error(oldest.op))? {
+        if oldest.mark.has_passed().map_err(device_error(oldest.op))? {
             under_way.pop_front();
             continue;
         }
