@@ -2,8 +2,9 @@
 //
 //   skinny         out[i, j] = x[i] · w[j] (+ bias[j]) (+ out[i, j])          bf16
 //   skinny_f32     out[i, j] = x[i] · w[j]                                     f32 (logits)
-//   skinny_swiglu  out[i, j] = silu(x[i] · w[j]) * (x[i] · w[width + j])       bf16
+//   skinny_swiglu  out[i, j] = silu(x[i] · w[j]) * (x[i] · w[up + j])          bf16
 // x [rows, cols], w [rows of out (twice that), cols], out [rows, width]; bf16, sums in f32; cols a multiple of 8; at most 8, 16 or 32 rows by the kernel's name.
+// w may be a part of a wider and longer matrix: its rows are `stride` elements apart (a multiple of 8), and those of up begin `up` rows after those of gate.
 //
 // A block takes two tiles of 16 rows of w, its warps every WARPS-th step of columns each; their sums are added in the order of the warps. A lane copies to
 // shared memory what it multiplies itself, so that no lane waits for another; since a sum over columns may take them in any order, the eight columns of a
@@ -33,14 +34,14 @@ struct Weights {
     int cols;
     uint8_t* slots;      // this lane's
 
-    DEVICE Weights(const bf16* w, int cols, int width) : w(w), cols(cols) {
+    DEVICE Weights(const bf16* w, int cols, int stride, int width, int up) : w(w), cols(cols) {
         const int lane = threadIdx.x % 32;
         slots = dynamic_shared() + threadIdx.x / 32 * WARP_BYTES + lane * 16;
 #pragma unroll
         for (int r = 0; r < 4; ++r) {
             const int within = lane / 4 + r % 2 * 8 + (INTO == Into::SWIGLU ? 0 : r / 2 * 16), j = blockIdx.x * OUTPUTS + within;
-            const int first = INTO == Into::SWIGLU ? r / 2 * width : 0;
-            row[r] = j < width ? w + size_t(first + j) * cols : nullptr;
+            const int first = INTO == Into::SWIGLU ? r / 2 * up : 0;
+            row[r] = j < width ? w + size_t(first + j) * stride : nullptr;
         }
     }
 
@@ -117,10 +118,10 @@ DEVICE float sum_of_warps(int row, int output) {
 }
 
 template <int TILES, Into INTO>
-DEVICE void product(const bf16* x, const bf16* w, const bf16* bias, int accumulate, int rows, int cols, int width, void* out) {
+DEVICE void product(const bf16* x, const bf16* w, const bf16* bias, int accumulate, int rows, int cols, int stride, int width, int up, void* out) {
     static_assert(TILES * 8 * SUM_STRIDE * 4 <= WARP_BYTES);
     const int warp = threadIdx.x / 32, steps = (cols + STEP - 1) / STEP, mine = (steps - warp + WARPS - 1) / WARPS;
-    const Weights<INTO> weights(w, cols, width);
+    const Weights<INTO> weights(w, cols, stride, width, up);
     let_the_next_grid_start();
     for (int i = 0; i < STAGES - 1; ++i) {
         if (i < mine) weights.load(i, warp + i * WARPS);
@@ -167,8 +168,8 @@ DEVICE void product(const bf16* x, const bf16* w, const bf16* bias, int accumula
 
 #define KERNEL(NAME, TILES, INTO)                                                                                                        \
     extern "C" __global__ void __launch_bounds__(THREADS, 2)                                                                             \
-        NAME(const bf16* x, const bf16* w, const bf16* bias, int accumulate, int rows, int cols, int width, void* out) {                 \
-        product<TILES, INTO>(x, w, bias, accumulate, rows, cols, width, out);                                                            \
+        NAME(const bf16* x, const bf16* w, const bf16* bias, int accumulate, int rows, int cols, int stride, int width, int up, void* out) { \
+        product<TILES, INTO>(x, w, bias, accumulate, rows, cols, stride, width, up, out);                                                \
     }
 
 KERNEL(skinny_8, 1, Into::BF16)

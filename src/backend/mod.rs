@@ -14,6 +14,9 @@ pub mod mapped;
 
 use std::ops::Range;
 
+/// Columns that the parts of an MLP are made of: 16 bytes, which is what kernels read at a time.
+pub const PART_COLS: usize = 8;
+
 /// Why a backend could not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum BackendError {
@@ -215,6 +218,28 @@ pub trait Backend: Send + Sync {
         h: &Self::Matrix,
         gate_up: &Self::Weight,
         down: &Self::Weight,
+        x: &mut Self::Matrix,
+    ) -> Result<(), BackendError>;
+    /// What columns `part` of the width give of [`Backend::mlp`], in f32 and by itself: `out[first_row + i] = w_down[.., part] · (silu(gate) * up)` with
+    /// rows `part` of gate and of up, for the first `rows` rows. Both ends of a part are multiples of [`PART_COLS`], or the width itself; an empty one
+    /// gives zeros.
+    #[allow(clippy::too_many_arguments)]
+    fn mlp_part(
+        &self,
+        rows: usize,
+        h: &Self::Matrix,
+        gate_up: &Self::Weight,
+        down: &Self::Weight,
+        part: Range<usize>,
+        out: &mut Self::Scores,
+        first_row: usize,
+    ) -> Result<(), BackendError>;
+    /// `x[i] += partials[i] + partials[rows + i] + …` for the first `rows` rows, over `count` partial results that are stacked; summed in f32, in their order.
+    fn add_partials(
+        &self,
+        rows: usize,
+        count: usize,
+        partials: &Self::Scores,
         x: &mut Self::Matrix,
     ) -> Result<(), BackendError>;
 

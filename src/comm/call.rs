@@ -57,10 +57,10 @@ impl Call {
         Ok(Self::AllGather { counts: fitting("all-gather", size, matrices, counts)?, cols: cols(matrices) })
     }
 
-    /// The same of partial results and their log-sum-exps.
-    pub(super) fn all_gather_partials(size: usize, both: &[Dimensions], counts: &[usize]) -> Result<Self, Unfit> {
-        let counts = fitting("all-gather of partial results", size, both, counts)?;
-        Ok(Self::AllGatherPartials { counts, cols: cols(both) })
+    /// The same of partial results, and what goes with them.
+    pub(super) fn all_gather_partials(size: usize, matrices: &[Dimensions], counts: &[usize]) -> Result<Self, Unfit> {
+        let counts = fitting("all-gather of partial results", size, matrices, counts)?;
+        Ok(Self::AllGatherPartials { counts, cols: cols(matrices) })
     }
 
     /// An all-to-all among `size` ranks, from matrices to as many others, each with its counts.

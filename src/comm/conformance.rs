@@ -12,7 +12,7 @@ use std::time::Duration;
 use rand::rngs::StdRng;
 use rand::{RngExt, SeedableRng};
 
-use super::{Comm, CommError};
+use super::{Comm, CommError, Partials};
 
 /// Longer than any test takes.
 pub const PATIENT: Duration = Duration::from_secs(60);
@@ -151,9 +151,12 @@ fn check_partials<R: Ranks>(ranks: &R, comm: &R::C, turn: usize, counts: &[usize
     let (rank, rows) = (comm.rank(), counts.iter().sum::<usize>() + 1);
     let mut parts = ranks.matrix(comm, rows, 4 * cols, &before_gather(turn, rank, counts, 4 * cols));
     let mut lse = ranks.scores(comm, rows, cols, &before_gather(turn + 1, rank, counts, cols));
-    comm.all_gather_partials(&mut parts, &mut lse, counts).expect("all-gather of partial results");
+    let mut sums = ranks.scores(comm, rows, 3 * cols, &before_gather(turn + 2, rank, counts, 3 * cols));
+    comm.all_gather_partials(Partials::Attention(&mut parts, &mut lse), counts).expect("partial results of attention");
+    comm.all_gather_partials(Partials::Sums(&mut sums), counts).expect("partial sums");
     check_gathered(rank, &ranks.matrix_values(comm, &parts), turn, counts, 4 * cols);
     check_gathered(rank, &ranks.scores_values(comm, &lse), turn + 1, counts, cols);
+    check_gathered(rank, &ranks.scores_values(comm, &sums), turn + 2, counts, 3 * cols);
 }
 
 fn check_rotate<R: Ranks>(ranks: &R, comm: &R::C, turn: usize, counts: &[usize], cols: usize) {
@@ -210,8 +213,8 @@ fn call<R: Ranks>(ranks: &R, comm: &R::C, op: Op) -> Result<(), CommError> {
             comm.all_gather([ranks.matrix(comm, rows, 4, &elements)], &counts).and_then(|p| comm.finish(p)).map(drop)
         }
         Op::Partials => {
-            let mut parts = ranks.matrix(comm, rows, 4, &elements);
-            comm.all_gather_partials(&mut parts, &mut ranks.scores(comm, rows, 4, &elements), &counts)
+            let (mut parts, mut lse) = (ranks.matrix(comm, rows, 4, &elements), ranks.scores(comm, rows, 4, &elements));
+            comm.all_gather_partials(Partials::Attention(&mut parts, &mut lse), &counts)
         }
         Op::Rotate => {
             let [send, receive] = [(); 2].map(|()| ranks.matrix(comm, rows, 4, &elements));
@@ -419,7 +422,7 @@ pub fn a_rank_that_comes_further_is_waited_for_beyond_the_deadline<R: Ranks>(ran
 }
 
 pub fn ranks_that_disagree_are_told_so<R: Ranks>(ranks: &R) {
-    let wrong: [(&str, Body<R>); 7] = [
+    let wrong: [(&str, Body<R>); 8] = [
         ("counts", |ranks, comm, rank| {
             let counts = if rank == 1 { [1, 2, 1] } else { [1, 1, 1] };
             let matrix = ranks.matrix(comm, 4, 2, &[0.0; 8]);
@@ -427,7 +430,16 @@ pub fn ranks_that_disagree_are_told_so<R: Ranks>(ranks: &R) {
         }),
         ("widths", |ranks, comm, rank| {
             let (cols, mut parts) = (if rank == 2 { 4 } else { 2 }, ranks.matrix(comm, 3, 2, &[0.0; 6]));
-            comm.all_gather_partials(&mut parts, &mut ranks.scores(comm, 3, cols, &vec![0.0; 3 * cols]), &[1, 1, 1])
+            let mut lse = ranks.scores(comm, 3, cols, &vec![0.0; 3 * cols]);
+            comm.all_gather_partials(Partials::Attention(&mut parts, &mut lse), &[1, 1, 1])
+        }),
+        ("which partial results", |ranks, comm, rank| {
+            let (mut parts, mut sums) = (ranks.matrix(comm, 3, 2, &[0.0; 6]), ranks.scores(comm, 3, 2, &[0.0; 6]));
+            let partials = match rank {
+                2 => Partials::Sums(&mut sums),
+                _ => Partials::Attention(&mut parts, &mut sums),
+            };
+            comm.all_gather_partials(partials, &[1, 1, 1])
         }),
         ("how many matrices", |ranks, comm, rank| {
             let matrix = || ranks.matrix(comm, 3, 2, &[0.0; 6]);

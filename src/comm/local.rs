@@ -13,7 +13,7 @@ use super::call::{Call, Unfit};
 use super::hub::{self, Place, Side};
 use super::meeting::Meeting;
 use super::rounds::{Deposit, Rounds};
-use super::{Comm, CommError};
+use super::{Comm, CommError, Partials};
 use crate::backend::cpu::{Matrix, Scores};
 
 /// One rank's end of a communicator between threads. Dropping it while others wait for it aborts them.
@@ -188,12 +188,16 @@ impl Comm<Matrix, Scores> for LocalComm {
         Ok(rows)
     }
 
-    fn all_gather_partials(&self, parts: &mut Matrix, lse: &mut Scores, counts: &[usize]) -> Result<(), CommError> {
-        let both = [dimensions(parts), dimensions(lse)];
-        let call = self.checked(Call::all_gather_partials(self.size, &both, counts))?;
-        let round = self.deposit(&call, own_rows(self.rank, counts, [&*parts, &*lse]), 0)?;
+    fn all_gather_partials(&self, partials: Partials<'_, Matrix, Scores>, counts: &[usize]) -> Result<(), CommError> {
+        let matrices = match partials {
+            Partials::Attention(parts, lse) => vec![parts, &mut **lse],
+            Partials::Sums(sums) => vec![&mut **sums],
+        };
+        let sizes: Vec<_> = matrices.iter().map(|matrix| dimensions(matrix)).collect();
+        let call = self.checked(Call::all_gather_partials(self.size, &sizes, counts))?;
+        let round = self.deposit(&call, own_rows(self.rank, counts, matrices.iter().map(|matrix| &**matrix)), 0)?;
         let deposits = self.meeting.take(round, self.rank, call.op())?;
-        place_gathered(self.rank, counts, &deposits, [parts, lse]);
+        place_gathered(self.rank, counts, &deposits, matrices);
         Ok(())
     }
 

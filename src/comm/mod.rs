@@ -37,6 +37,14 @@ pub enum CommError {
     Device { op: &'static str, reason: String },
 }
 
+/// What every rank has a part of, and all ranks need the parts of all.
+pub enum Partials<'a, M, S> {
+    /// Of attention over the keys of each: results, and their log-sum-exps.
+    Attention(&'a mut M, &'a mut S),
+    /// Of a product over the columns of each: what has to be added up.
+    Sums(&'a mut S),
+}
+
 /// One rank's end of a communicator over matrices of type `M` and score matrices of type `S`.
 pub trait Comm<M, S>: Send {
     /// An all-gather of `N` matrices that has been started.
@@ -81,8 +89,8 @@ pub trait Comm<M, S>: Send {
     fn finish_all_to_all<const N: usize>(&self, exchange: Self::Exchange<N>) -> Result<([M; N], [M; N]), CommError>;
     /// Awaits a started all-gather.
     fn finish<const N: usize>(&self, pending: Self::Pending<N>) -> Result<[M; N], CommError>;
-    /// In-place all-gather of partial results of attention and their log-sum-exps, awaited at once; `counts` as above, of the rows of both.
-    fn all_gather_partials(&self, parts: &mut M, lse: &mut S, counts: &[usize]) -> Result<(), CommError>;
+    /// In-place all-gather of partial results, awaited at once; `counts` as above, of the rows of all that goes with them.
+    fn all_gather_partials(&self, partials: Partials<'_, M, S>, counts: &[usize]) -> Result<(), CommError>;
     /// Every rank returns what `root` gave.
     fn broadcast(&self, root: usize, value: u64) -> Result<u64, CommError>;
     /// Returns when every rank has called it.

@@ -4,7 +4,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use super::{Comm, CommError};
+use super::{Comm, CommError, Partials};
 
 /// The only rank's end.
 #[derive(Debug, Default)]
@@ -67,7 +67,7 @@ impl<M: Send, S> Comm<M, S> for SoloComm {
         Ok(pending)
     }
 
-    fn all_gather_partials(&self, _parts: &mut M, _lse: &mut S, counts: &[usize]) -> Result<(), CommError> {
+    fn all_gather_partials(&self, _: Partials<'_, M, S>, counts: &[usize]) -> Result<(), CommError> {
         self.check_counts("all-gather of partial results", counts)
     }
 

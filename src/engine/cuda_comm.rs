@@ -5,7 +5,7 @@
 use crate::backend::cuda::{CudaMatrix, CudaScores};
 use crate::comm::nccl::{self, NcclComm};
 use crate::comm::solo::SoloComm;
-use crate::comm::{Comm, CommError};
+use crate::comm::{Comm, CommError, Partials};
 
 /// One rank's end.
 pub enum CudaComm {
@@ -101,11 +101,10 @@ impl Comm<CudaMatrix, CudaScores> for CudaComm {
 
     fn all_gather_partials(
         &self,
-        parts: &mut CudaMatrix,
-        lse: &mut CudaScores,
+        partials: Partials<'_, CudaMatrix, CudaScores>,
         counts: &[usize],
     ) -> Result<(), CommError> {
-        either!(self, all_gather_partials(parts, lse, counts))
+        either!(self, all_gather_partials(partials, counts))
     }
 
     fn broadcast(&self, root: usize, value: u64) -> Result<u64, CommError> {

@@ -1,12 +1,13 @@
 //! Query and generated tokens, of many sequences in one pass: every rank attends over its own keys and values, the partial results of
-//! the ranks are gathered and merged by log-sum-exp, everywhere in the order of the ranks.
+//! the ranks are gathered and merged by log-sum-exp, everywhere in the order of the ranks. Of the MLP, where most of the weights are, every rank takes a
+//! part of the width, and what those give is gathered and added up in the same order.
 //!
 //! Invariant: after a pass every rank has the same hidden state, bit for bit; a row sees its own sequence alone.
 
 use std::ops::Range;
 
 use crate::backend::{AttentionTask, Backend, BackendError, KvMut, KvRef, Next, Wanted};
-use crate::comm::Comm;
+use crate::comm::{Comm, Partials};
 use crate::model::ModelSpec;
 use crate::model::weights::LayerWeights;
 
@@ -63,6 +64,8 @@ struct Stack<B: Backend> {
     lse: B::Scores,
     /// All of them together.
     merged: B::Matrix,
+    /// What every rank's part of the MLP gives, `[_, hidden]`.
+    sums: B::Scores,
 }
 
 impl<B: Backend> Decoder<B> {
@@ -75,6 +78,7 @@ impl<B: Backend> Decoder<B> {
                 parts: backend.matrix(rows * ranks, shape.q_width())?,
                 lse: backend.scores(rows * ranks, shape.heads)?,
                 merged: backend.matrix(rows, shape.q_width())?,
+                sums: backend.scores(rows * ranks, rank.spec.hidden)?,
             })
         };
         Ok(Self {
@@ -127,7 +131,10 @@ impl<B: Backend> Decoder<B> {
         let sources: Vec<_> = fed.iter().map(|(sequence, _)| sequence.cache.layers[layer].view()).collect();
         let Activations { qkv, attended, .. } = &mut self.activations;
         attend(&mut self.stack, rank, (qkv, attended, 0..rows), &sources, &pass.tasks)?;
-        Ok(self.activations.close(backend, rank.spec, weights, rows)?)
+        match &mut self.stack {
+            Some(stack) => self.activations.close_together(rank, weights, rows, &mut stack.sums),
+            None => Ok(self.activations.close(backend, rank.spec, weights, rows)?),
+        }
     }
 
     /// Rotates the new rows; the rank of a sequence's last host keeps their keys and values.
@@ -208,13 +215,13 @@ fn attend<B: Backend, C: Comm<B::Matrix, B::Scores>>(
 ) -> Result<(), RankError> {
     let (backend, shape, count) = (rank.backend, rank.shape(), rows.len());
     let shifted_by = |by| tasks.iter().map(|task| shifted(task, by)).collect::<Vec<_>>();
-    let Some(Stack { queries, parts, lse, merged }) = stack else {
+    let Some(Stack { queries, parts, lse, merged, .. }) = stack else {
         return Ok(backend.attention(shape, qkv, sources, &shifted_by(rows.start), attended, None)?);
     };
     let (first, ranks) = (rank.comm.rank() * count, rank.comm.size());
     backend.copy_rows(qkv, rows.start, count, queries, first)?;
     backend.attention(shape, queries, sources, &shifted_by(first), parts, Some(lse))?;
-    rank.comm.all_gather_partials(parts, lse, &vec![count; ranks])?;
+    rank.comm.all_gather_partials(Partials::Attention(parts, lse), &vec![count; ranks])?;
     backend.merge_stacked(shape, count, ranks, parts, lse, merged)?;
     Ok(backend.copy_rows(merged, 0, count, attended, rows.start)?)
 }

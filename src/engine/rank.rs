@@ -1,9 +1,11 @@
 //! One rank: what it computes with, the buffers of its rows, and the two halves of a layer around attention.
 //!
-//! Invariant: a row's result depends on that row alone here; rows meet only in attention.
+//! Invariant: a row's result depends on that row, and on the number of ranks, alone here; rows meet only in attention.
 
-use crate::backend::{Backend, BackendError, HeadShape};
-use crate::comm::{Comm, CommError};
+use std::ops::Range;
+
+use crate::backend::{Backend, BackendError, HeadShape, PART_COLS};
+use crate::comm::{Comm, CommError, Partials};
 use crate::model::ModelSpec;
 use crate::model::weights::{LayerWeights, Weights};
 
@@ -84,8 +86,59 @@ impl<B: Backend> Activations<B> {
         layer: &LayerWeights<B>,
         rows: usize,
     ) -> Result<(), BackendError> {
-        backend.linear(rows, &self.attended, &layer.o, layer.o_bias.as_ref(), true, &mut self.x)?;
-        backend.rms_norm(rows, &self.x, &layer.mlp_norm, spec.epsilon, &mut self.h)?;
+        self.take_attended(backend, spec, layer, rows)?;
         backend.mlp(rows, &self.h, &layer.gate_up, &layer.down, &mut self.x)
+    }
+
+    /// The same where all ranks have the same rows: each takes a part of the MLP's width, so that it reads a part of the weights. `sums` has `rows` rows for
+    /// each rank, `[_, hidden]`.
+    pub fn close_together<C: Comm<B::Matrix, B::Scores>>(
+        &mut self,
+        rank: &Rank<'_, B, C>,
+        layer: &LayerWeights<B>,
+        rows: usize,
+        sums: &mut B::Scores,
+    ) -> Result<(), RankError> {
+        let (backend, own, ranks) = (rank.backend, rank.comm.rank(), rank.comm.size());
+        self.take_attended(backend, rank.spec, layer, rows)?;
+        let part = part_of_width(rank.spec.intermediate, own, ranks);
+        backend.mlp_part(rows, &self.h, &layer.gate_up, &layer.down, part, sums, own * rows)?;
+        rank.comm.all_gather_partials(Partials::Sums(sums), &vec![rows; ranks])?;
+        Ok(backend.add_partials(rows, ranks, sums, &mut self.x)?)
+    }
+
+    /// `x += W_o attended + b`, and its norm for the MLP.
+    fn take_attended(
+        &mut self,
+        backend: &B,
+        spec: &ModelSpec,
+        layer: &LayerWeights<B>,
+        rows: usize,
+    ) -> Result<(), BackendError> {
+        backend.linear(rows, &self.attended, &layer.o, layer.o_bias.as_ref(), true, &mut self.x)?;
+        backend.rms_norm(rows, &self.x, &layer.mlp_norm, spec.epsilon, &mut self.h)
+    }
+}
+
+/// Columns of the MLP's width that are a rank's: as even as can be in whole pieces.
+fn part_of_width(width: usize, rank: usize, ranks: usize) -> Range<usize> {
+    let pieces = width.div_ceil(PART_COLS);
+    let first_of = |rank: usize| (pieces * rank / ranks * PART_COLS).min(width);
+    first_of(rank)..first_of(rank + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_parts_of_a_width_are_all_of_it_in_order() {
+        for (width, ranks) in [(14336, 8), (96, 5), (20, 3), (8, 4), (1, 2)] {
+            let parts: Vec<_> = (0..ranks).map(|rank| part_of_width(width, rank, ranks)).collect();
+            assert_eq!(parts.iter().flat_map(Clone::clone).collect::<Vec<_>>(), (0..width).collect::<Vec<_>>());
+            let lengths = parts.iter().map(ExactSizeIterator::len);
+            assert!(lengths.clone().max() <= lengths.min().map(|least| least + PART_COLS), "{parts:?}");
+            assert!(parts.iter().all(|part| part.start.is_multiple_of(PART_COLS) || part.start == width), "{parts:?}");
+        }
     }
 }

@@ -49,7 +49,7 @@ impl Footprint {
         let (stacked, merged) = if ranks > 1 { (rows * ranks, rows) } else { (0, 0) };
         let working = rows * (self.row_elements() + 2 * self.kv_width() + self.hidden);
         self.activations(working + stacked * (self.qkv_width() + self.q_width()) + merged * self.q_width())
-            + scores(stacked * self.heads)
+            + scores(stacked * (self.heads + self.hidden))
             + self.scratch_bytes
     }
     /// Bytes of a row of keys and its values as passing blocks travel in FP8: a code for each element, a scale for each head, whole 16 bytes.

@@ -35,7 +35,7 @@ fn first_rows(cuda: &Cuda, all: &Values, rows: usize) -> CudaMatrix {
 }
 
 /// Checks that of `all` rows, computed by `of` for every count, each is the same as among all.
-fn same_in_every_batch(case: &str, width: usize, of: impl Fn(usize) -> Vec<u16>) {
+fn same_in_every_batch<T: PartialEq>(case: &str, width: usize, of: impl Fn(usize) -> Vec<T>) {
     let all = of(*COUNTS.last().unwrap());
     for count in COUNTS {
         let got = of(count);
@@ -69,6 +69,11 @@ fn mlp(cuda: &Cuda) {
         let mut out = x.matrix(cuda);
         cuda.mlp(rows, &first_rows(cuda, &h, rows), &gate_up, &down, &mut out).unwrap();
         cuda.read_matrix(&out).unwrap()
+    });
+    same_in_every_batch("a part of an mlp", hidden, |rows| {
+        let mut sums = cuda.scores(rows, hidden).unwrap();
+        cuda.mlp_part(rows, &first_rows(cuda, &h, rows), &gate_up, &down, 16..104, &mut sums, 0).unwrap();
+        cuda.read_scores(&sums).unwrap()
     });
 }
 

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use apbd::backend::Backend;
 use apbd::backend::cuda::{Cuda, CudaMatrix, CudaOptions, CudaScores};
 use apbd::comm::nccl::{Deadlines, NcclComm};
-use apbd::comm::{Comm, CommError};
+use apbd::comm::{Comm, CommError, Partials};
 use half::bf16;
 use libtest_mimic::Trial;
 
@@ -157,7 +157,7 @@ fn order(devices: &Devices) {
 fn among_the_computing(comm: &NcclComm, device: &Cuda) {
     let (mut parts, mut lse) = (computed(device, 3.0 + comm.rank() as f32), device.scores(2 * ROWS, COLS).unwrap());
     let mut copy = device.matrix(2 * ROWS, COLS).unwrap();
-    comm.all_gather_partials(&mut parts, &mut lse, &[ROWS, ROWS]).unwrap();
+    comm.all_gather_partials(Partials::Attention(&mut parts, &mut lse), &[ROWS, ROWS]).unwrap();
     device.copy_rows(&parts, 0, 2 * ROWS, &mut copy, 0).unwrap();
     // Given back at once: whoever gets the memory computes later.
     drop((parts, lse));
@@ -236,7 +236,7 @@ fn often(devices: &Devices) {
             for turn in 0..200 {
                 let counts = [turn % 3, (turn + 1) % 4];
                 let (mut parts, mut lse) = (device.matrix(8, 16).unwrap(), device.scores(8, 4).unwrap());
-                comm.all_gather_partials(&mut parts, &mut lse, &counts).unwrap();
+                comm.all_gather_partials(Partials::Attention(&mut parts, &mut lse), &counts).unwrap();
                 let both = [device.matrix(8, 4).unwrap(), device.matrix(8, 2).unwrap()];
                 comm.all_gather(both, &counts).and_then(|pending| comm.finish(pending)).unwrap();
                 assert_eq!(comm.broadcast(turn % 2, turn as u64).unwrap(), turn as u64);

@@ -1,5 +1,7 @@
 //! What a layer does to each row: embedding, norm, products, MLP, RoPE, logits.
 
+use std::ops::Range;
+
 use apbd::backend::cuda::Cuda;
 use apbd::backend::{Backend, HeadShape, KvMut};
 
@@ -11,6 +13,7 @@ pub const TESTS: &[Test] = &[
     ("rms_norm", rms_norm),
     ("linear_layers", linear),
     ("mlp", mlp),
+    ("parts_of_an_mlp_add_up_to_it", parts_of_an_mlp),
     ("rope_rotates_and_stores", rope),
     ("copied_rows_are_the_same", copies),
     ("logits_of_one_row", logits),
@@ -74,6 +77,17 @@ fn linear(cuda: &Cuda) {
     }
 }
 
+/// `h` through columns `part` of an MLP's width, without the residual.
+fn through_mlp(h: &Values, (gate_up, down): (&Values, &Values), part: Range<usize>, steps: Steps) -> Values {
+    let (both, width) = (product(h, gate_up, steps), down.cols);
+    let inner = Values::from_fn(h.rows, width, |i, j| {
+        let gate = both.at(i, j);
+        let is_part = if part.contains(&j) { 1.0 } else { 0.0 };
+        is_part * steps.of(steps.of(gate / (1.0 + (-gate).exp())) * both.at(i, width + j))
+    });
+    product(&inner, down, steps)
+}
+
 fn mlp(cuda: &Cuda) {
     for (rows, hidden, width) in
         [(1, 64, 136), (2, 64, 136), (11, 72, 24), (32, 64, 136), (33, 128, 264), (4099, 32, 24)]
@@ -81,17 +95,51 @@ fn mlp(cuda: &Cuda) {
         let (h, x) = (Values::random(1, rows, hidden, 1.0), Values::random(2, rows, hidden, 1.0));
         let (gate_up, down) = (Values::random(3, 2 * width, hidden, 0.3), Values::random(4, hidden, width, 0.3));
         let mut out = x.matrix(cuda);
-        cuda.mlp(rows, &h.matrix(cuda), &gate_up.weight(cuda), &down.weight(cuda), &mut out).unwrap();
+        let weights = (gate_up.weight(cuda), down.weight(cuda));
+        cuda.mlp(rows, &h.matrix(cuda), &weights.0, &weights.1, &mut out).unwrap();
         let of = |steps: Steps| {
-            let both = product(&h, &gate_up, steps);
-            let inner = Values::from_fn(rows, width, |i, j| {
-                let gate = both.at(i, j);
-                steps.of(steps.of(gate / (1.0 + (-gate).exp())) * both.at(i, width + j))
-            });
-            let back = product(&inner, &down, steps);
+            let back = through_mlp(&h, (&gate_up, &down), 0..width, steps);
             Values::from_fn(rows, hidden, |i, j| steps.of(x.at(i, j) + back.at(i, j)))
         };
         judge(&format!("{rows} rows"), &Values::read(cuda, &out, rows, hidden), of, 1e-3);
+    }
+}
+
+/// Parts of one and of many pieces, at both ends and in the middle, and none; then all of them added up.
+fn parts_of_an_mlp(cuda: &Cuda) {
+    for (rows, hidden, width) in [(1, 64, 136), (11, 72, 24), (32, 64, 136), (33, 128, 264), (4099, 32, 24)] {
+        let (h, x) = (Values::random(1, rows, hidden, 1.0), Values::random(2, rows, hidden, 1.0));
+        let (gate_up, down) = (Values::random(3, 2 * width, hidden, 0.3), Values::random(4, hidden, width, 0.3));
+        let weights = (gate_up.weight(cuda), down.weight(cuda));
+        let parts = [0..8, 8..8, 8..width - 8, width - 8..width];
+        let mut partials = cuda.scores(parts.len() * rows + 1, hidden).unwrap();
+        let spare = vec![7.0; (parts.len() * rows + 1) * hidden];
+        cuda.set_scores(&spare, &mut partials).unwrap();
+        for (index, part) in parts.iter().enumerate() {
+            let (h, first) = (h.matrix(cuda), index * rows);
+            cuda.mlp_part(rows, &h, &weights.0, &weights.1, part.clone(), &mut partials, first).unwrap();
+        }
+        let got = cuda.read_scores(&partials).unwrap();
+        for (index, part) in parts.iter().enumerate() {
+            let first = index * rows * hidden;
+            let got = Values::from_fn(rows, hidden, |i, j| f64::from(got[first + i * hidden + j]));
+            let of = |steps: Steps| through_mlp(&h, (&gate_up, &down), part.clone(), steps);
+            judge(&format!("{rows} rows, {part:?}"), &got, of, 1e-3);
+        }
+        assert!(got[parts.len() * rows * hidden..].iter().all(|value| *value == 7.0), "a row beyond was touched");
+        let mut out = x.matrix(cuda);
+        cuda.add_partials(rows, parts.len(), &partials, &mut out).unwrap();
+        let of = |steps: Steps| {
+            let sum = |i: usize, j: usize| -> f64 {
+                (0..parts.len()).map(|part| f64::from(got[((part * rows) + i) * hidden + j])).sum()
+            };
+            Values::from_fn(rows, hidden, |i, j| steps.of(x.at(i, j) + sum(i, j)))
+        };
+        judge(&format!("{rows} rows, added up"), &Values::read(cuda, &out, rows, hidden), of, 1e-3);
+        let refused = |part: Range<usize>, partials: &mut _| {
+            cuda.mlp_part(rows, &h.matrix(cuda), &weights.0, &weights.1, part, partials, 0).is_err()
+        };
+        assert!(refused(0..width + 8, &mut partials) && refused(4..width, &mut partials), "no part of the width");
     }
 }
 

@@ -127,6 +127,24 @@ impl Backend for Instrumented {
         self.multiply(rows * (gate_up.rows() * gate_up.cols() + down.rows() * down.cols()));
         self.inner.mlp(rows, h, gate_up, down, x)
     }
+    fn mlp_part(
+        &self,
+        rows: usize,
+        h: &Matrix,
+        gate_up: &Weight,
+        down: &Weight,
+        part: Range<usize>,
+        out: &mut Scores,
+        first_row: usize,
+    ) -> Done {
+        self.count("mlp_part")?;
+        self.multiply(rows * part.len() * (2 * gate_up.cols() + down.rows()));
+        self.inner.mlp_part(rows, h, gate_up, down, part, out, first_row)
+    }
+    fn add_partials(&self, rows: usize, count: usize, partials: &Scores, x: &mut Matrix) -> Done {
+        self.count("add_partials")?;
+        self.inner.add_partials(rows, count, partials, x)
+    }
     fn rope_store(
         &self,
         shape: HeadShape,

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use apbd::backend::cpu::{Matrix, Scores};
 use apbd::comm::local::LocalComm;
-use apbd::comm::{Comm, CommError};
+use apbd::comm::{Comm, CommError, Partials};
 use apbd::engine::{EngineError, Job, Timing};
 use apbd::plan::{AttentionMode, Execution, Selector};
 use rand::rngs::StdRng;
@@ -141,8 +141,8 @@ impl Comm<Matrix, Scores> for Unruly {
     fn finish<const N: usize>(&self, pending: Self::Pending<N>) -> Result<[Matrix; N], CommError> {
         self.call(Kind::Finish, |inner| inner.finish(pending))
     }
-    fn all_gather_partials(&self, parts: &mut Matrix, lse: &mut Scores, counts: &[usize]) -> Result<(), CommError> {
-        self.call(Kind::AllGatherPartials, |inner| inner.all_gather_partials(parts, lse, counts))
+    fn all_gather_partials(&self, partials: Partials<'_, Matrix, Scores>, counts: &[usize]) -> Result<(), CommError> {
+        self.call(Kind::AllGatherPartials, |inner| inner.all_gather_partials(partials, counts))
     }
     fn broadcast(&self, root: usize, value: u64) -> Result<u64, CommError> {
         self.call(Kind::Broadcast, |inner| Comm::<Matrix, Scores>::broadcast(inner, root, value))

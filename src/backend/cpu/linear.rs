@@ -61,12 +61,22 @@ pub(super) fn product(
     accumulate: bool,
     out: ViewMut<'_>,
 ) {
+    threads.each(tiles(x, w, out), |tile| product_tile(x, w, bias, accumulate, tile));
+}
+
+/// `out = x wᵀ` for two matrices at once, so that threads are woken once.
+pub(super) fn two_products(threads: &Threads, x: View<'_>, of: [(View<'_>, ViewMut<'_>); 2]) {
+    let tiles_of = |(w, out)| tiles(x, w, out).into_iter().map(move |tile| (w, tile));
+    threads.each(of.into_iter().flat_map(tiles_of).collect(), |(w, tile)| product_tile(x, w, None, false, tile));
+}
+
+/// What a thread takes of a product at a time.
+fn tiles<'a>(x: View<'_>, w: View<'_>, out: ViewMut<'a>) -> Vec<Tile<'a>> {
     let tile_cols = match x.rows {
         0..=FEW_ROWS => (FEW_ROWS_GRAIN / x.rows.clamp(1, 4)).div_ceil(w.cols.max(1)).next_multiple_of(4),
         _ => TILE_COLS,
     };
-    let tiles = out.tiles(TILE_ROWS, tile_cols);
-    threads.each(tiles, |tile| product_tile(x, w, bias, accumulate, tile));
+    out.tiles(TILE_ROWS, tile_cols)
 }
 
 /// As [`product`] by the calling thread, with the same tiles and hence the same result.

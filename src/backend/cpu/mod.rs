@@ -121,6 +121,23 @@ impl Backend for Cpu {
         mlp::mlp(&self.threads, rows, h, gate_up, down, x)
     }
 
+    fn mlp_part(
+        &self,
+        rows: usize,
+        h: &Matrix,
+        gate_up: &Weight,
+        down: &Weight,
+        part: Range<usize>,
+        out: &mut Scores,
+        first_row: usize,
+    ) -> Result<(), BackendError> {
+        mlp::mlp_part(&self.threads, rows, h, (gate_up, down, part), (out, first_row))
+    }
+
+    fn add_partials(&self, rows: usize, count: usize, partials: &Scores, x: &mut Matrix) -> Result<(), BackendError> {
+        mlp::add_partials(rows, count, partials, x)
+    }
+
     fn rope_store(
         &self,
         shape: HeadShape,

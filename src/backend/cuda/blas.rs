@@ -26,18 +26,29 @@ fn failed(error: CublasError) -> BackendError {
     BackendError::Device { op: "linear", reason: format!("cuBLASLt: {:?}", error.0) }
 }
 
-/// The form of a product: `out [rows, width] = x [rows, inner] · wᵀ`, `w` being `[width, inner]`.
+/// The form of a product: `out [rows, width] = x [rows, inner] · wᵀ`, `w` being `[width, inner]`. Any of them may be columns of a wider matrix.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(super) struct Form {
     pub rows: usize,
     pub width: usize,
     pub inner: usize,
+    /// Elements from a row of `w` to the next.
+    pub w_stride: usize,
+    /// Elements from a row of `out` to the next.
+    pub out_stride: usize,
     /// `out` is f32, else bf16.
     pub wide: bool,
     /// A vector `[width]` is added to each row.
     pub bias: bool,
     /// The product is added to what `out` holds.
     pub accumulate: bool,
+}
+
+impl Form {
+    /// A plain product of whole matrices, to bf16.
+    pub fn new(rows: usize, width: usize, inner: usize) -> Self {
+        Self { rows, width, inner, w_stride: inner, out_stride: width, wide: false, bias: false, accumulate: false }
+    }
 }
 
 /// Device addresses of a product's matrices; `bias` is 0 where the form has none.
@@ -135,15 +146,16 @@ impl Drop for Blas {
 impl Plan {
     fn new(handle: sys::cublasLtHandle_t, form: Form) -> Result<Self, BackendError> {
         use sys::cudaDataType_t::{CUDA_R_16BF, CUDA_R_32F};
-        let layout = |kind, rows: usize, cols: usize| {
-            result::create_matrix_layout(kind, rows as u64, cols as u64, rows as i64).map_err(failed)
+        let layout = |kind, rows: usize, cols: usize, stride: usize| {
+            result::create_matrix_layout(kind, rows as u64, cols as u64, stride as i64).map_err(failed)
         };
+        let out_kind = if form.wide { CUDA_R_32F } else { CUDA_R_16BF };
         let compute = sys::cublasComputeType_t::CUBLAS_COMPUTE_32F;
         let mut plan = Self {
             product: result::create_matmul_desc(compute, CUDA_R_32F).map_err(failed)?,
-            w: layout(CUDA_R_16BF, form.inner, form.width)?,
-            x: layout(CUDA_R_16BF, form.inner, form.rows)?,
-            out: layout(if form.wide { CUDA_R_32F } else { CUDA_R_16BF }, form.width, form.rows)?,
+            w: layout(CUDA_R_16BF, form.inner, form.width, form.w_stride)?,
+            x: layout(CUDA_R_16BF, form.inner, form.rows, form.inner)?,
+            out: layout(out_kind, form.width, form.rows, form.out_stride)?,
             algorithm: sys::cublasLtMatmulAlgo_t { data: [0; 8] },
         };
         use sys::cublasLtMatmulDescAttributes_t as Attribute;

@@ -17,6 +17,7 @@ mod layers;
 mod links;
 mod matrix;
 mod measure;
+mod mlp;
 mod modules;
 mod next;
 mod pace;
@@ -162,7 +163,7 @@ impl Cuda {
 
     /// Bytes that one operation takes at most, beside its operands; operations give them back when they end.
     pub fn scratch_bytes(&self, shape: &ScratchShape) -> u64 {
-        let mlp = products::MLP_ROWS * 3 * shape.intermediate * 2;
+        let mlp = mlp::MLP_ROWS * 3 * shape.intermediate * 2;
         let scores = selection::SCORE_ROWS * shape.head_width * 4;
         let partials = self.attention.most_partial_bytes(shape.heads.head_dim);
         [mlp, scores, partials, next::USUAL_ROWS * shape.vocab * 4].into_iter().max().unwrap_or(0) as u64
@@ -271,6 +272,31 @@ impl Backend for Cuda {
     ) -> Result<(), BackendError> {
         self.mark("mlp")?;
         self.run_mlp(rows, h, gate_up, down, x)
+    }
+
+    fn mlp_part(
+        &self,
+        rows: usize,
+        h: &CudaMatrix,
+        gate_up: &CudaWeight,
+        down: &CudaWeight,
+        part: Range<usize>,
+        out: &mut CudaScores,
+        first_row: usize,
+    ) -> Result<(), BackendError> {
+        self.mark("mlp")?;
+        self.run_mlp_part(rows, h, (gate_up, down, part), (out, first_row))
+    }
+
+    fn add_partials(
+        &self,
+        rows: usize,
+        count: usize,
+        partials: &CudaScores,
+        x: &mut CudaMatrix,
+    ) -> Result<(), BackendError> {
+        self.mark("add_partials")?;
+        self.run_add_partials(rows, count, partials, x)
     }
 
     fn rope_store(

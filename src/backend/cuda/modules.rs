@@ -13,6 +13,7 @@ const CUBINS: &[(&str, &str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/cubin
 
 /// Kernels of decode, which are short and many: each may begin while the one before ends. All of them wait for earlier grids first.
 const OVERLAPPING: &[&str] = &[
+    "add_partials",
     "attention_combine",
     "attention_decode_128",
     "attention_decode_64",
@@ -130,6 +131,7 @@ functions! {
     rope_store_each in "rope_store";
     rope_store_each_fp8 in "rope_store";
     swiglu in "swiglu";
+    add_partials in "add_partials";
     gemv in "gemv";
     gemv_f32 in "gemv";
     gemv_swiglu in "gemv";

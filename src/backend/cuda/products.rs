@@ -10,10 +10,6 @@ use super::matrix::{CudaMatrix, CudaWeight, require};
 use super::modules::Modules;
 use crate::BackendError;
 
-/// Rows that an MLP is computed for at a time: enough to fill the device, few enough that gate and up stay small.
-pub(super) const MLP_ROWS: usize = 4096 + 256;
-/// Rows of a tile of the products.
-const TILE_ROWS: usize = 128;
 /// Rows that kernels/skinny.cu takes at most.
 pub(super) const SKINNY_ROWS: usize = 32;
 /// Rows of each of its kernels.
@@ -21,7 +17,7 @@ const SKINNY_SIZES: [usize; 3] = [8, 16, 32];
 /// Shared memory of its blocks: three stages of 4096 bytes for each of eight warps.
 const SKINNY_SHARED_BYTES: usize = 8 * 3 * 4096;
 /// Threads of its blocks, and of those of gemv.cu, which have a warp an output.
-const THREADS: usize = 256;
+pub(super) const THREADS: usize = 256;
 
 /// Who takes products of few rows.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -46,16 +42,27 @@ pub(super) enum Into {
     Swiglu,
 }
 
-/// Addresses and shape of a product: `x [rows, cols]`, `w [width, cols]` (of SwiGLU twice as many rows), `out [rows, width]`. `bias` is 0 for none.
+/// Addresses and shape of a product: `x [rows, cols]`, `w [width, cols]`, `out [rows, width]`. `bias` is 0 for none.
 pub(super) struct Product {
     pub rows: usize,
     pub cols: usize,
     pub width: usize,
     pub x: u64,
     pub w: u64,
+    /// Elements from a row of `w` to the next.
+    pub stride: usize,
+    /// Of SwiGLU: rows from those of gate to those of up.
+    pub up: usize,
     pub bias: u64,
     pub accumulate: bool,
     pub out: u64,
+}
+
+impl Product {
+    /// A plain one, with a whole matrix of weights.
+    pub fn new((rows, cols, width): (usize, usize, usize), x: u64, w: u64, out: u64) -> Self {
+        Self { rows, cols, width, x, w, stride: cols, up: 0, bias: 0, accumulate: false, out }
+    }
 }
 
 /// The kernels for few rows.
@@ -123,12 +130,12 @@ impl Cuda {
         require(op, w.cols.is_multiple_of(8), "columns a multiple of 8", w.cols)?;
         let bias = bias.map_or(0, |bias| bias.piece.address());
         let (x, weights, out) = (x.row(0), w.piece.address(), out.row(0));
-        let product = Product { rows, cols: w.cols, width: w.rows, x, w: weights, bias, accumulate, out };
+        let product = Product { bias, accumulate, ..Product::new((rows, w.cols, w.rows), x, weights, out) };
         match self.products.taker(rows) {
             Taker::Vector => self.gemv(&product),
             Taker::Skinny => self.skinny(Into::Bf16, &product),
             Taker::Library => {
-                let form = Form { rows, width: w.rows, inner: w.cols, wide: false, bias: bias != 0, accumulate };
+                let form = Form { bias: bias != 0, accumulate, ..Form::new(rows, w.rows, w.cols) };
                 // SAFETY: (1) checked above; matrices are borrowed.
                 unsafe { self.blas.multiply(&self.stream, form, Operands { x, w: weights, bias, out }) }
             }
@@ -136,19 +143,19 @@ impl Cuda {
     }
 
     /// Launches a kernel for few rows; columns are a multiple of 8.
-    fn skinny(&self, into: Into, product: &Product) -> Result<(), BackendError> {
+    pub(super) fn skinny(&self, into: Into, product: &Product) -> Result<(), BackendError> {
         let (function, outputs) = self.skinny.kernel(into, product.rows);
-        let &Product { x, w, bias, out, .. } = product;
-        let (add, [rows, cols, width]) =
-            (i32::from(product.accumulate), [product.rows, product.cols, product.width].map(|n| n as i32));
-        let grid = (product.width.div_ceil(outputs), 1, 1);
-        let parameters = parameters![x, w, bias, add, rows, cols, width, out];
+        let &Product { rows, cols, width, x, w, stride, up, bias, accumulate, out } = product;
+        let grid = (width.div_ceil(outputs), 1, 1);
+        let (add, [rows, cols, stride, width, up]) =
+            (i32::from(accumulate), [rows, cols, stride, width, up].map(|n| n as i32));
+        let parameters = parameters![x, w, bias, add, rows, cols, stride, width, up, out];
         // SAFETY: (1) parameters as in skinny.cu; (2) by the callers' borrows and pieces.
         unsafe { self.stream.launch(function, grid, THREADS, parameters) }
     }
 
     /// Launches the kernel for one row; columns are a multiple of 8.
-    fn gemv(&self, product: &Product) -> Result<(), BackendError> {
+    pub(super) fn gemv(&self, product: &Product) -> Result<(), BackendError> {
         let &Product { x, w, bias, out, .. } = product;
         let (add, cols, width) = (i32::from(product.accumulate), product.cols as i32, product.width as i32);
         let grid = ((product.width * 32).div_ceil(THREADS), 1, 1);
@@ -157,85 +164,11 @@ impl Cuda {
         unsafe { self.stream.launch(&self.functions.gemv, grid, THREADS, parameters) }
     }
 
-    pub(super) fn run_mlp(
-        &self,
-        rows: usize,
-        h: &CudaMatrix,
-        gate_up: &CudaWeight,
-        down: &CudaWeight,
-        x: &mut CudaMatrix,
-    ) -> Result<(), BackendError> {
-        let (op, width) = ("mlp", down.cols);
-        h.need(op, "h", rows, gate_up.cols)?;
-        x.need(op, "x", rows, down.rows)?;
-        gate_up.need(op, "gate_up", 2 * width, down.rows)?;
-        require(
-            op,
-            width.is_multiple_of(8) && gate_up.cols.is_multiple_of(8),
-            "widths that are multiples of 8",
-            format!("{width}, {}", gate_up.cols),
-        )?;
-        if self.products.taker(rows) != Taker::Library {
-            return self.mlp_of_few(rows, h, gate_up, down, x);
-        }
-        // As even as can be, in whole tiles: a short last chunk would read all weights once more for little.
-        let chunk = rows.div_ceil(rows.div_ceil(MLP_ROWS)).next_multiple_of(TILE_ROWS).min(rows);
-        let both = self.arena.take(op, chunk * 2 * width * 2)?;
-        let product = self.arena.take(op, chunk * width * 2)?;
-        for first in (0..rows).step_by(chunk) {
-            let rows = (rows - first).min(chunk);
-            let up = Form { rows, width: 2 * width, inner: gate_up.cols, wide: false, bias: false, accumulate: false };
-            let operands = Operands { x: h.row(first), w: gate_up.piece.address(), bias: 0, out: both.address() };
-            // SAFETY: (1) checked above; pieces stay allocated in stream order.
-            unsafe { self.blas.multiply(&self.stream, up, operands) }?;
-            self.swiglu(rows, width, both.address(), product.address())?;
-            let back = Form { rows, width: down.rows, inner: width, wide: false, bias: false, accumulate: true };
-            let operands = Operands { x: product.address(), w: down.piece.address(), bias: 0, out: x.row(first) };
-            // SAFETY: (1) as above.
-            unsafe { self.blas.multiply(&self.stream, back, operands) }?;
-        }
-        Ok(())
-    }
-
-    /// Gate, up and their product in one kernel, and down.
-    fn mlp_of_few(
-        &self,
-        rows: usize,
-        h: &CudaMatrix,
-        gate_up: &CudaWeight,
-        down: &CudaWeight,
-        x: &mut CudaMatrix,
-    ) -> Result<(), BackendError> {
-        let (cols, width) = (gate_up.cols, down.cols);
-        let joined = self.arena.take("mlp", rows * width * 2)?;
-        let (from, weights, to) = (h.row(0), gate_up.piece.address(), joined.address());
-        let up = Product { rows, cols, width, x: from, w: weights, bias: 0, accumulate: false, out: to };
-        let (weights, out) = (down.piece.address(), x.row(0));
-        let back = Product { rows, cols: width, width: down.rows, x: to, w: weights, bias: 0, accumulate: true, out };
-        if self.products.taker(rows) == Taker::Skinny {
-            self.skinny(Into::Swiglu, &up)?;
-            return self.skinny(Into::Bf16, &back);
-        }
-        let (weights, cols_word, width_word) = (up.w, cols as i32, width as i32);
-        let grid = ((width * 32).div_ceil(THREADS), 1, 1);
-        let parameters = parameters![from, weights, cols_word, width_word, to];
-        // SAFETY: (1) parameters as in gemv.cu; (2) the piece stays allocated in stream order, the rest is borrowed.
-        unsafe { self.stream.launch(&self.functions.gemv_swiglu, grid, THREADS, parameters) }?;
-        self.gemv(&back)
-    }
-
-    fn swiglu(&self, rows: usize, width: usize, from: u64, to: u64) -> Result<(), BackendError> {
-        let threads = 256;
-        let (grid, columns) = (((width / 8).div_ceil(threads), rows, 1), width as i32);
-        // SAFETY: (1) parameters as in swiglu.cu; (2) by the caller's pieces.
-        unsafe { self.stream.launch(&self.functions.swiglu, grid, threads, parameters![from, columns, to]) }
-    }
-
     /// `x wᵀ` in f32; `x` and `out` are addresses of `rows` rows.
     pub(super) fn wide_product(&self, rows: usize, x: u64, w: &CudaWeight, out: u64) -> Result<(), BackendError> {
         require("logits", w.cols.is_multiple_of(8), "columns a multiple of 8", w.cols)?;
         let weights = w.piece.address();
-        let product = Product { rows, cols: w.cols, width: w.rows, x, w: weights, bias: 0, accumulate: false, out };
+        let product = Product::new((rows, w.cols, w.rows), x, weights, out);
         match self.products.taker(rows) {
             Taker::Skinny => self.skinny(Into::F32, &product),
             Taker::Vector => {
@@ -246,7 +179,7 @@ impl Cuda {
                 unsafe { self.stream.launch(&self.functions.gemv_f32, grid, THREADS, parameters) }
             }
             Taker::Library => {
-                let form = Form { rows, width: w.rows, inner: w.cols, wide: true, bias: false, accumulate: false };
+                let form = Form { wide: true, ..Form::new(rows, w.rows, w.cols) };
                 // SAFETY: (1) by the caller's pieces.
                 unsafe { self.blas.multiply(&self.stream, form, Operands { x, w: weights, bias: 0, out }) }
             }

@@ -47,7 +47,7 @@ impl Cuda {
         let hidden = self.arena.take(op, rows.min(SCORE_ROWS) * w1.rows * 4)?;
         for first in (0..rows).step_by(SCORE_ROWS) {
             let rows = (rows - first).min(SCORE_ROWS);
-            let form = Form { rows, width: w1.rows, inner: w1.cols, wide: true, bias: false, accumulate: false };
+            let form = Form { wide: true, ..Form::new(rows, w1.rows, w1.cols) };
             let operands = Operands { x: qkv.row(first), w: w1.piece.address(), bias: 0, out: hidden.address() };
             // SAFETY: (1) checked above; the piece stays allocated in stream order.
             unsafe { self.blas.multiply(&self.stream, form, operands) }?;

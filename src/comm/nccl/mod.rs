@@ -25,7 +25,7 @@ use super::call::{Call, Unfit};
 use super::hub::{self, Met, Place, Side};
 use super::meeting::Meeting;
 use super::rounds::{Deposit, Rounds};
-use super::{Comm, CommError};
+use super::{Comm, CommError, Partials};
 use crate::backend::cuda::{Cuda, CudaMatrix, CudaScores, Extent, Lane, Mark};
 use crate::backend::{Backend, BackendError};
 use library::{Nccl, Progress, Transfer};
@@ -325,17 +325,22 @@ impl Comm<CudaMatrix, CudaScores> for NcclComm {
 
     fn all_gather_partials(
         &self,
-        parts: &mut CudaMatrix,
-        lse: &mut CudaScores,
+        partials: Partials<'_, CudaMatrix, CudaScores>,
         counts: &[usize],
     ) -> Result<(), CommError> {
-        let both = [dimensions(parts), (lse.rows(), lse.cols())];
-        let call = self.checked(Call::all_gather_partials(self.shared.size, &both, counts))?;
+        let size = |scores: &CudaScores| (scores.rows(), scores.cols());
+        let (sizes, places) = match &partials {
+            Partials::Attention(parts, lse) => {
+                (vec![dimensions(parts), size(lse)], vec![parts.extent(0, 1), lse.extent(0, 1)])
+            }
+            Partials::Sums(sums) => (vec![size(sums)], vec![sums.extent(0, 1)]),
+        };
+        let call = self.checked(Call::all_gather_partials(self.shared.size, &sizes, counts))?;
         let op = call.op();
-        let [parts, lse] = [parts.extent(0, 1), lse.extent(0, 1)].map(|place| place.map_err(device_error(op)));
-        let transfers = transfers::all_gather(self.shared.rank, counts, &[parts?, lse?]);
+        let places = places.into_iter().collect::<Result<Vec<_>, _>>().map_err(device_error(op))?;
+        let transfers = transfers::all_gather(self.shared.rank, counts, &places);
         self.join(call)?;
-        // SAFETY: (1) both are borrowed.
+        // SAFETY: (1) they are borrowed.
         unsafe { self.shared.compute(op, &transfers) }.inspect_err(|_| self.shared.give_up())?;
         self.shared.check()
     }

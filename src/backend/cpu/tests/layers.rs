@@ -56,6 +56,33 @@ fn mlp_of_few_and_many_rows() {
 }
 
 #[test]
+fn the_parts_of_an_mlp_add_up_to_it() {
+    let rng = &mut StdRng::seed_from_u64(14);
+    for (rows, hidden, inner) in [(1, 12, 24), (9, 16, 40), (131, 24, 35), (1100, 17, 16)] {
+        let (h, gate_up, down) =
+            (random(rng, rows, hidden), weight(&random(rng, 2 * inner, hidden)), weight(&random(rng, hidden, inner)));
+        let before = random(rng, rows, hidden);
+        let (mut whole, mut added) = (before.clone(), before);
+        cpu().mlp(rows, &h, &gate_up, &down, &mut whole).expect("shapes fit");
+        let parts = [0..8, 8..8, 8..16, 16..inner];
+        let mut partials = cpu().scores(parts.len() * rows + 1, hidden).expect("fits");
+        partials.data_mut().fill(f32::NAN);
+        for (index, part) in parts.iter().enumerate() {
+            cpu().mlp_part(rows, &h, &gate_up, &down, part.clone(), &mut partials, index * rows).expect("shapes fit");
+        }
+        cpu().add_partials(rows, parts.len(), &partials, &mut added).expect("shapes fit");
+        for row in 0..rows {
+            for col in 0..hidden {
+                assert_close(added.row(row)[col], f64::from(whole.row(row)[col]), inner as f64);
+            }
+        }
+        assert!(partials.row(parts.len() * rows).iter().all(|value| value.is_nan()), "a row beyond was touched");
+        let beyond = cpu().mlp_part(rows, &h, &gate_up, &down, 0..inner + 1, &mut partials, 0);
+        assert!(beyond.is_err(), "a part beyond the width");
+    }
+}
+
+#[test]
 fn weights_of_every_type_are_stacked_and_checked() {
     let f16: Vec<u8> = [1.5_f32, -2.0].iter().flat_map(|&v| half::f16::from_f32(v).to_le_bytes()).collect();
     let bf16: Vec<u8> = [0.5_f32, 3.0].iter().flat_map(|&v| half::bf16::from_f32(v).to_le_bytes()).collect();
