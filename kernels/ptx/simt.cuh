@@ -1,4 +1,4 @@
-// The thread model's primitives: conversions, shuffles, votes, approximate exponentials.
+// The thread model's primitives: conversions, shuffles, votes, approximate exponentials, words between devices.
 //
 // Invariant: the emulator of the tests has a file of the same name with the same functions.
 #pragma once
@@ -82,6 +82,24 @@ DEVICE void let_the_next_grid_start() {
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
+
+// Words that devices leave in each other's memory.
+//
+// What this thread has written, and what others had written before a barrier with it, is seen by whoever acquires the word.
+DEVICE void store_release(uint32_t* at, uint32_t value) { asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory"); }
+DEVICE uint32_t load_acquire(const uint32_t* at) {
+    uint32_t value;
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+    return value;
+}
+// Read anew every time, and nothing else with it. Also for page-locked memory of the host.
+DEVICE uint32_t load_volatile(const uint32_t* at) {
+    uint32_t value;
+    asm volatile("ld.volatile.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
+    return value;
+}
+// One turn of a wait for another device: reads in between would only be in the way of its writes.
+DEVICE void pause() { __nanosleep(20); }
 
 // Brings the line at an address on its way into the L2 cache. Nothing is read, so that this may come before earlier grids have been waited for.
 DEVICE void prefetch_line(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }

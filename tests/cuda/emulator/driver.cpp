@@ -7,6 +7,8 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <set>
+#include <utility>
 #include <vector>
 
 #include "registry.h"
@@ -17,14 +19,10 @@ using emulator::Event;
 using emulator::Stream;
 using Result = int;
 static constexpr Result OK = 0, INVALID = 1, OUT_OF_MEMORY = 2, INVALID_DEVICE = 101, INVALID_CONTEXT = 201, INVALID_HANDLE = 400, NOT_FOUND = 500,
-                        NOT_READY = 600, LAUNCH_FAILED = 719;
+                        NOT_READY = 600, ALREADY_ENABLED = 704, LAUNCH_FAILED = 719;
 static constexpr size_t MEMORY_BYTES = size_t(2) << 30;
 
-// Kernels run one at a time, whatever the device: the block that runs is global. Never destroyed, because streams may outlive main.
-static std::mutex& one_launch() {
-    static auto* mutex = new std::mutex;
-    return *mutex;
-}
+// These are never destroyed, because streams may outlive main.
 static std::map<std::string, emulator::Kernel>& kernels() {
     static auto* all = new std::map<std::string, emulator::Kernel>;
     return *all;
@@ -35,6 +33,12 @@ static std::map<uintptr_t, size_t>& pinned() {
     return *all;
 }
 static std::mutex pinned_lock;
+// Which devices may reach into the memory of which contexts.
+static std::set<std::pair<int, void*>>& reached() {
+    static auto* all = new std::set<std::pair<int, void*>>;
+    return *all;
+}
+static std::mutex reached_lock;
 
 emulator::Registration::Registration(const char* name, Kernel kernel) { kernels()[name] = std::move(kernel); }
 
@@ -95,10 +99,19 @@ Result cuDeviceGetP2PAttribute(int* value, int attribute, int from, int to) {
         default: return INVALID;
     }
 }
+Result cuDeviceCanAccessPeer(int* can, int device, int peer) {
+    if (device < 0 || peer < 0 || device >= devices() || peer >= devices()) return INVALID_DEVICE;
+    return *can = device != peer, OK;
+}
 // A context is told from others by its device.
 Result cuDevicePrimaryCtxRetain(void** context, int device) { return *context = reinterpret_cast<void*>(uintptr_t(device) + 1), OK; }
 Result cuDevicePrimaryCtxRelease_v2(int) { return OK; }
 Result cuCtxSetCurrent(void* context) { return emulator::make_current(int(reinterpret_cast<uintptr_t>(context)) - 1), OK; }
+// All memory is the host's: this only keeps count.
+Result cuCtxEnablePeerAccess(void* context, unsigned) {
+    const std::lock_guard<std::mutex> lock(reached_lock);
+    return reached().emplace(emulator::current_device(), context).second ? OK : ALREADY_ENABLED;
+}
 Result cuMemGetInfo_v2(size_t* free, size_t* total) { return *free = *total = MEMORY_BYTES, OK; }
 
 Result cuMemAlloc_v2(uint64_t* at, size_t bytes) {
@@ -120,6 +133,7 @@ Result cuMemFreeHost(void* at) {
     pinned().erase(reinterpret_cast<uintptr_t>(at));
     return std::free(at), OK;
 }
+Result cuMemHostGetDevicePointer_v2(uint64_t* at, void* host, unsigned) { return *at = reinterpret_cast<uint64_t>(host), OK; }
 // Pinned memory is read when the copy's turn comes, other memory at once.
 Result cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, Stream* stream) {
     if (is_pinned(from)) return copy(stream, reinterpret_cast<void*>(to), from, bytes);
@@ -179,7 +193,6 @@ Result cuLaunchKernelEx(const LaunchConfig* config, void* function, void** param
     if (!c.grid[0] || !c.grid[1] || !c.grid[2] || c.grid[1] > 65535 || c.grid[2] > 65535 || threads > 1024 || threads % 32) return INVALID;
     const uint64_t seed = setting("APBD_EMULATED_SEED", 0) + ++launches;
     return enqueue(c.stream, [c, seed, run = (*static_cast<emulator::Kernel*>(function))(parameters)] {
-        const std::lock_guard<std::mutex> lock(one_launch());
         return emulator::run({c.grid[0], c.grid[1], c.grid[2]}, {c.block[0], c.block[1], c.block[2]}, c.shared_bytes, seed, run);
     });
 }
@@ -189,6 +202,7 @@ Result cuGetErrorName(Result result, const char** name) {
         case OUT_OF_MEMORY: return *name = "CUDA_ERROR_OUT_OF_MEMORY", OK;
         case INVALID_CONTEXT: return *name = "CUDA_ERROR_INVALID_CONTEXT", OK;
         case INVALID_HANDLE: return *name = "CUDA_ERROR_INVALID_HANDLE", OK;
+        case ALREADY_ENABLED: return *name = "CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED", OK;
         case LAUNCH_FAILED: return *name = "CUDA_ERROR_LAUNCH_FAILED", OK;
         default: return *name = "CUDA_ERROR", OK;
     }

@@ -2,7 +2,7 @@
 //
 // The order in which fibers run, and when asynchronous copies happen, are drawn from a seeded generator, so that a missing barrier has a fair chance to
 // show. A round in which no fiber gets any further is a deadlock, reported as a failed launch.
-// Invariant: one block runs at a time, and nothing here knows of any kernel.
+// Invariant: an OS thread runs one block at a time, beside those of other OS threads; fibers never leave theirs. Nothing here knows of any kernel.
 #pragma once
 
 #include <cstddef>
@@ -33,9 +33,10 @@ struct NamedBarrier {
     unsigned generation = 0;
 };
 
-extern Thread* current;  // the thread whose fiber runs
-extern Index block_index, block_size, grid_size;
-extern uint8_t* block_shared;  // dynamic shared memory, 1024-byte aligned
+// Of the block that runs on this OS thread.
+extern constinit thread_local Thread* current;  // the thread whose fiber runs
+extern constinit thread_local Index block_index, block_size, grid_size;
+extern constinit thread_local uint8_t* block_shared;  // dynamic shared memory, 1024-byte aligned
 
 // Gives way to other fibers until `ready()`.
 void wait_until(const std::function<bool()>& ready);
@@ -43,6 +44,9 @@ void wait_until(const std::function<bool()>& ready);
 const uint8_t (*exchange(const void* mine, size_t bytes))[64];
 void sync_block();
 void named_barrier(int id, int threads, bool wait);
+// Gives way once to other fibers and other OS threads. Counts as progress: what is waited for may be done by another device. Not by a later block of the
+// same grid, because blocks run one after another.
+void pause();
 // Does `action` some time later, before a wait would have to be called a deadlock.
 void later(std::function<void()> action);
 unsigned random_below(unsigned bound);

@@ -61,7 +61,7 @@ struct Products {
     std::map<float*, std::vector<float>> values;
 };
 inline Products& products() {
-    static std::map<Thread*, Products> all;
+    static thread_local std::map<Thread*, Products> all;
     return all[current];
 }
 

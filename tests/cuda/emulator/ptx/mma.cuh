@@ -14,7 +14,7 @@ struct Copies {
     std::vector<std::function<void()>> open;
 };
 inline Copies& copies() {
-    static std::map<Thread*, Copies> all;
+    static thread_local std::map<Thread*, Copies> all;
     return all[current];
 }
 

@@ -2,9 +2,11 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <unistd.h>
 
 #include "../simt.h"
 
@@ -14,12 +16,14 @@
 #define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
-#define __shared__ static
+#define __shared__ static thread_local
 
 #define threadIdx (emulator::current->index)
 #define blockIdx (emulator::block_index)
 #define blockDim (emulator::block_size)
 #define gridDim (emulator::grid_size)
+// A macro, because unistd.h has a function of this name.
+#define pause emulator::pause
 
 using std::max;
 using std::min;
@@ -80,7 +84,7 @@ inline float half_to_float(uint16_t bits) {
     return sign * std::ldexp(float(1024 + fraction), exponent - 25);
 }
 
-// Launches never overlap here.
+// Launches of one stream never overlap here.
 inline void wait_for_earlier_grids() {}
 inline void let_the_next_grid_start() {}
 
@@ -109,17 +113,22 @@ inline bool warp_any(bool value) {
 }
 
 inline void __syncthreads() { emulator::sync_block(); }
+// Launches of other streams may be at the same word.
 template <class T>
 T atomicAdd(T* at, T value) {
-    const T old = *at;
-    *at += value;
-    return old;
+    return std::atomic_ref<T>(*at).fetch_add(value);
 }
 template <class T>
 T atomicMin(T* at, T value) {
-    const T old = *at;
-    *at = min(old, value);
+    const std::atomic_ref<T> word(*at);
+    T old = word.load();
+    while (value < old && !word.compare_exchange_weak(old, value)) {
+    }
     return old;
 }
+
+inline void store_release(uint32_t* at, uint32_t value) { __atomic_store_n(at, value, __ATOMIC_RELEASE); }
+inline uint32_t load_acquire(const uint32_t* at) { return __atomic_load_n(at, __ATOMIC_ACQUIRE); }
+inline uint32_t load_volatile(const uint32_t* at) { return __atomic_load_n(at, __ATOMIC_RELAXED); }
 
 inline uint8_t* dynamic_shared() { return emulator::block_shared; }
