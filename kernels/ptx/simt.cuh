@@ -1,4 +1,4 @@
-// The thread model's primitives: conversions, shuffles, votes, approximate exponentials, words between devices.
+// The thread model's primitives: conversions, shuffles, votes, approximate exponentials, lines between devices.
 //
 // Invariant: the emulator of the tests has a file of the same name with the same functions.
 #pragma once
@@ -83,14 +83,18 @@ DEVICE void let_the_next_grid_start() {
 #endif
 }
 
-// Words that devices leave in each other's memory.
-//
-// What this thread has written, and what others had written before a barrier with it, is seen by whoever acquires the word.
-DEVICE void store_release(uint32_t* at, uint32_t value) { asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(at), "r"(value) : "memory"); }
-DEVICE uint32_t load_acquire(const uint32_t* at) {
-    uint32_t value;
-    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(at) : "memory");
-    return value;
+// Lines that devices leave in each other's memory: two words of data, each with the turn that it belongs to. A word and its turn come together.
+struct alignas(16) Line {
+    uint32_t first, first_turn, second, second_turn;
+};
+DEVICE void store_line(Line* at, uint32_t first, uint32_t second, uint32_t turn) {
+    asm volatile("st.volatile.global.v4.u32 [%0], {%1, %2, %3, %2};" ::"l"(at), "r"(first), "r"(turn), "r"(second) : "memory");
+}
+// Whether the line of that turn has come.
+DEVICE bool load_line(const Line* at, uint32_t turn, uint32_t& first, uint32_t& second) {
+    uint32_t first_turn, second_turn;
+    asm volatile("ld.volatile.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(first), "=r"(first_turn), "=r"(second), "=r"(second_turn) : "l"(at) : "memory");
+    return first_turn == turn && second_turn == turn;
 }
 // Read anew every time, and nothing else with it. Also for page-locked memory of the host.
 DEVICE uint32_t load_volatile(const uint32_t* at) {

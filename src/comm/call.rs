@@ -14,6 +14,7 @@ use super::CommError;
 pub(super) enum Call {
     AllGather { counts: Vec<usize>, cols: Vec<usize> },
     AllGatherPartials { counts: Vec<usize>, cols: Vec<usize> },
+    Combine { rows: usize, cols: usize },
     AllToAll { send: Vec<usize>, receive: Vec<usize>, cols: Vec<usize> },
     Broadcast { root: usize },
     Barrier,
@@ -93,6 +94,7 @@ impl Call {
         match self {
             Call::AllGather { .. } => "all-gather",
             Call::AllGatherPartials { .. } => "all-gather of partial results",
+            Call::Combine { .. } => "combining of partial results",
             Call::AllToAll { .. } => "all-to-all",
             Call::Broadcast { .. } => "broadcast",
             Call::Barrier => "barrier",
@@ -120,6 +122,7 @@ impl fmt::Display for Call {
             Call::AllToAll { send, receive, cols } => {
                 write!(f, "all-to-all sending {send:?} and receiving {receive:?} rows of {cols:?}")
             }
+            Call::Combine { rows, cols } => write!(f, "{} of {rows} rows of {cols}", self.op()),
             Call::Broadcast { root } => write!(f, "broadcast from {root}"),
             Call::Barrier => write!(f, "barrier"),
         }

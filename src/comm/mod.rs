@@ -20,6 +20,8 @@ pub mod nccl;
 mod rounds;
 pub mod solo;
 
+use crate::backend::HeadShape;
+
 /// Why a collective did not complete.
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum CommError {
@@ -43,6 +45,23 @@ pub enum Partials<'a, M, S> {
     Attention(&'a mut M, &'a mut S),
     /// Of a product over the columns of each: what has to be added up.
     Sums(&'a mut S),
+}
+
+/// What makes partial results of all ranks one, everywhere in the order of the ranks, so that every rank has the same, bit for bit. All ranks ask for the
+/// same rows.
+pub trait Combining<M, S> {
+    /// Merges partial results of attention into rows `first..first + rows` of `out`, as [`Backend::merge_stacked`](crate::backend::Backend::merge_stacked)
+    /// does: this rank's are the first `rows` rows of `parts` and `lse`.
+    fn merge_partials(
+        &self,
+        shape: HeadShape,
+        rows: usize,
+        partials: (&M, &S),
+        into: (&mut M, usize),
+    ) -> Result<(), CommError>;
+    /// Adds sums to the first `rows` rows of `x`, as [`Backend::add_partials`](crate::backend::Backend::add_partials) does: this rank's are the first `rows`
+    /// rows of `sums`.
+    fn add_sums(&self, rows: usize, sums: &S, x: &mut M) -> Result<(), CommError>;
 }
 
 /// One rank's end of a communicator over matrices of type `M` and score matrices of type `S`.
@@ -91,6 +110,11 @@ pub trait Comm<M, S>: Send {
     fn finish<const N: usize>(&self, pending: Self::Pending<N>) -> Result<[M; N], CommError>;
     /// In-place all-gather of partial results, awaited at once; `counts` as above, of the rows of all that goes with them.
     fn all_gather_partials(&self, partials: Partials<'_, M, S>, counts: &[usize]) -> Result<(), CommError>;
+    /// How `rows` rows of `width` elements of partial results become one without being gathered first, where this communicator can do that; the same on every
+    /// rank.
+    fn combining(&self, _rows: usize, _width: usize) -> Option<&dyn Combining<M, S>> {
+        None
+    }
     /// Every rank returns what `root` gave.
     fn broadcast(&self, root: usize, value: u64) -> Result<u64, CommError>;
     /// Returns when every rank has called it.

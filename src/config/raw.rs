@@ -12,7 +12,7 @@ use toml::{Table, Value};
 /// Sections whose keys the environment can set.
 const SECTIONS: [&str; 7] = ["database", "amqp", "files", "results", "engine", "work", "http"];
 /// Variables of other parts of the program that begin alike.
-const OTHERS: [&str; 10] = [
+const OTHERS: [&str; 11] = [
     "APBD_LOG",
     "APBD_LOG_FORMAT",
     "APBD_MODEL",
@@ -20,6 +20,7 @@ const OTHERS: [&str; 10] = [
     "APBD_BACKEND",
     "APBD_REQUIRE_GPU",
     "APBD_NCCL_LIBRARY",
+    "APBD_PEER_MEMORY",
     "APBD_NODE",
     "APBD_HUB_TOKEN",
     HUB_ADDRESS,

@@ -1,6 +1,7 @@
 //! The time of passes of few rows: the query's, and those of generated tokens, of one sequence or of a batch.
 //!
-//! Invariant: a pass reads every weight once, whatever its rows; every rank has all weights and a share of the keys and values.
+//! Invariant: a pass reads every weight once, whatever its rows; every rank has a share of the keys and values, and reads its share of the MLP's weights and all
+//! others.
 
 use crate::plan::{Host, PrefillPlan, QUERY_CHUNK};
 
@@ -44,10 +45,14 @@ impl CostModel {
         let matrix = |tflops, elements| self.product_s(product(rows, elements), tflops, elements);
         let products = matrix(rates.qkv_tflops, shape.hidden * shape.qkv_width())
             + matrix(rates.o_tflops, shape.hidden * shape.q_width())
-            + matrix(rates.ffn_tflops, 3 * shape.hidden * shape.intermediate);
+            + matrix(rates.ffn_tflops, 3 * shape.hidden * shape.intermediate.div_ceil(ranks.max(1)));
         let reading = kept * shape.kept_row_bytes as f64 / ranks_s / (self.kept_gb_s() * 1e9);
         let attending = 4.0 * shape.q_width() as f64 * pairs / ranks_s / (rates.segments_tflops * 1e12);
-        let layer = products + reading.max(attending) + rates.layer_us * 1e-6 + self.partials_s(rows, ranks);
+        let layer = products
+            + reading.max(attending)
+            + rates.layer_us * 1e-6
+            + self.partials_s(rows, ranks)
+            + self.sums_s(rows, ranks);
         shape.layers as f64 * layer + self.choice_s(rows)
     }
 
@@ -64,14 +69,16 @@ impl CostModel {
         if is_fp8 { rates.decode_fp8_gb_s } else { rates.decode_gb_s }
     }
 
-    /// Seconds in which the partial results of all ranks, and their log-sum-exps, come to every rank.
+    /// Seconds in which the partial results of attention of all ranks, and their log-sum-exps, come to every rank.
     pub(super) fn partials_s(&self, rows: usize, ranks: usize) -> f64 {
-        if ranks <= 1 {
-            return 0.0;
-        }
-        let (shape, network) = (&self.shape, &self.calibration.network);
-        let parts = (ranks * rows * shape.q_width() * shape.element_bytes) as f64;
-        let log_sums = (ranks * rows * shape.heads * size_of::<f32>()) as f64;
-        network.all_gather_s(ranks, parts + log_sums)
+        let shape = &self.shape;
+        let row = shape.q_width() * shape.element_bytes + shape.heads * size_of::<f32>();
+        self.calibration.network.partials_s(ranks, (ranks * rows * row) as f64)
+    }
+
+    /// Seconds in which what all ranks' parts of the MLP give comes to every rank.
+    fn sums_s(&self, rows: usize, ranks: usize) -> f64 {
+        let row = self.shape.hidden * size_of::<f32>();
+        self.calibration.network.partials_s(ranks, (ranks * rows * row) as f64)
     }
 }

@@ -24,6 +24,14 @@ impl Network {
         self.latency_s(ranks) + within.max(between)
     }
 
+    /// Seconds until partial results, `bytes` of all ranks together, have come to every one of `ranks` ranks and are one.
+    pub fn partials_s(&self, ranks: usize, bytes: f64) -> f64 {
+        if ranks <= 1 || self.nodes(ranks) > 1 {
+            return self.all_gather_s(ranks, bytes);
+        }
+        self.partials_us * 1e-6 + bytes * (ranks - 1) as f64 / ranks as f64 / (self.within.gb_s * 1e9)
+    }
+
     /// Seconds in which every rank sends `bytes` to the next one.
     pub fn rotate_s(&self, ranks: usize, bytes: f64) -> f64 {
         if ranks <= 1 {

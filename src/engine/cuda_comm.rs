@@ -5,7 +5,7 @@
 use crate::backend::cuda::{CudaMatrix, CudaScores};
 use crate::comm::nccl::{self, NcclComm};
 use crate::comm::solo::SoloComm;
-use crate::comm::{Comm, CommError, Partials};
+use crate::comm::{Combining, Comm, CommError, Partials};
 
 /// One rank's end.
 pub enum CudaComm {
@@ -105,6 +105,10 @@ impl Comm<CudaMatrix, CudaScores> for CudaComm {
         counts: &[usize],
     ) -> Result<(), CommError> {
         either!(self, all_gather_partials(partials, counts))
+    }
+
+    fn combining(&self, rows: usize, width: usize) -> Option<&dyn Combining<CudaMatrix, CudaScores>> {
+        either!(self, combining(rows, width))
     }
 
     fn broadcast(&self, root: usize, value: u64) -> Result<u64, CommError> {

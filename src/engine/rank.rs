@@ -102,7 +102,12 @@ impl<B: Backend> Activations<B> {
         let (backend, own, ranks) = (rank.backend, rank.comm.rank(), rank.comm.size());
         self.take_attended(backend, rank.spec, layer, rows)?;
         let part = part_of_width(rank.spec.intermediate, own, ranks);
-        backend.mlp_part(rows, &self.h, &layer.gate_up, &layer.down, part, sums, own * rows)?;
+        let combining = rank.comm.combining(rows, rank.spec.hidden);
+        let first_row = if combining.is_some() { 0 } else { own * rows };
+        backend.mlp_part(rows, &self.h, &layer.gate_up, &layer.down, part, sums, first_row)?;
+        if let Some(combining) = combining {
+            return Ok(combining.add_sums(rows, sums, &mut self.x)?);
+        }
         rank.comm.all_gather_partials(Partials::Sums(sums), &vec![rows; ranks])?;
         Ok(backend.add_partials(rows, ranks, sums, &mut self.x)?)
     }

@@ -8,8 +8,8 @@ mod conformance;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use apbd::backend::Backend;
 use apbd::backend::cuda::{Cuda, CudaMatrix, CudaOptions, CudaScores};
+use apbd::backend::{Backend, HeadShape};
 use apbd::comm::nccl::{Deadlines, NcclComm};
 use apbd::comm::{Comm, CommError, Partials};
 use half::bf16;
@@ -78,7 +78,10 @@ type Test = (&'static str, usize, fn(&Devices));
 pub fn trials(device: &Arc<Mutex<Option<Cuda>>>) -> Vec<Trial> {
     let there_is_a_device = device.lock().unwrap().is_some();
     let devices = Arc::new(if there_is_a_device { Devices::open() } else { Devices(Vec::new()) });
-    let own: [Test; 5] = [
+    let own: [Test; 8] = [
+        ("partial_results_combined_are_those_gathered_and_merged", 2, combined),
+        ("a_wait_for_what_others_write_ends_when_a_peer_gives_up", 2, given_up_combining),
+        ("a_wait_for_what_others_write_ends_by_the_deadline", 2, too_late_combining),
         ("a_collective_waits_for_what_was_computed_and_is_waited_for", 2, order),
         ("memory_of_a_collective_is_not_given_to_others_before_it_is_done", 2, dropped),
         ("a_wait_for_a_device_ends_when_a_peer_gives_up", 2, given_up),
@@ -99,7 +102,16 @@ pub fn trials(device: &Arc<Mutex<Option<Cuda>>>) -> Vec<Trial> {
 
 /// Runs `body` on two ranks.
 fn on_two<T: Send>(devices: &Devices, deadline: Duration, body: impl Fn(NcclComm) -> T + Sync) -> Vec<T> {
-    let ends = devices.connect(2, deadline).unwrap();
+    on_so_many(devices, 2, deadline, body)
+}
+
+fn on_so_many<T: Send>(
+    devices: &Devices,
+    ranks: usize,
+    deadline: Duration,
+    body: impl Fn(NcclComm) -> T + Sync,
+) -> Vec<T> {
+    let ends = devices.connect(ranks, deadline).unwrap();
     std::thread::scope(|scope| {
         let threads: Vec<_> = ends.into_iter().map(|end| scope.spawn(|| body(end))).collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
@@ -198,10 +210,27 @@ fn wait_for_device(comm: &NcclComm, counts: &[usize]) -> Result<(), CommError> {
     comm.barrier()
 }
 
+/// The same for a device that waits for what a peer writes to its memory.
+fn wait_for_peer(comm: &NcclComm) -> Result<(), CommError> {
+    let device = comm.device().clone();
+    let (sums, mut x) = (device.scores(ROWS, COLS).unwrap(), device.matrix(ROWS, COLS).unwrap());
+    comm.combining(ROWS, COLS).expect("devices that reach each other").add_sums(ROWS, &sums, &mut x)?;
+    device.read_matrix(&x).unwrap();
+    comm.barrier()
+}
+
 fn given_up(devices: &Devices) {
+    ends_when_a_peer_gives_up(devices, |comm| wait_for_device(comm, &[ROWS, ROWS]));
+}
+
+fn given_up_combining(devices: &Devices) {
+    ends_when_a_peer_gives_up(devices, wait_for_peer);
+}
+
+fn ends_when_a_peer_gives_up(devices: &Devices, wait: fn(&NcclComm) -> Result<(), CommError>) {
     let outcomes = on_two(devices, conformance::PATIENT, |comm| {
         if comm.rank() == 0 {
-            return wait_for_device(&comm, &[ROWS, ROWS]);
+            return wait(&comm);
         }
         std::thread::sleep(Duration::from_millis(300));
         comm.abort("no more");
@@ -213,17 +242,101 @@ fn given_up(devices: &Devices) {
 }
 
 fn too_late(devices: &Devices) {
+    ends_by_the_deadline(devices, |comm| wait_for_device(comm, &[ROWS, 0]));
+}
+
+fn too_late_combining(devices: &Devices) {
+    ends_by_the_deadline(devices, wait_for_peer);
+}
+
+fn ends_by_the_deadline(devices: &Devices, wait: fn(&NcclComm) -> Result<(), CommError>) {
     let deadline = Duration::from_millis(500);
     let start = Instant::now();
     let other = std::sync::Barrier::new(2);
     let outcomes = on_two(devices, deadline, |comm| {
-        let outcome = (comm.rank() == 0).then(|| wait_for_device(&comm, &[ROWS, 0]));
+        let outcome = (comm.rank() == 0).then(|| wait(&comm));
         other.wait();
         outcome.unwrap_or_else(|| comm.settle())
     });
     assert!(matches!(outcomes[0], Err(CommError::TimedOut { rank: 0, .. })), "{outcomes:?}");
     assert!(matches!(outcomes[1], Err(CommError::Aborted { rank: 0, .. })), "{outcomes:?}");
     assert!(start.elapsed() > deadline && start.elapsed() < START / 2, "{:?}", start.elapsed());
+}
+
+/// Turn after turn, some ranks later than others, rows of every number; the same bits as by the other way, on every rank.
+fn combined(devices: &Devices) {
+    for ranks in 2..=devices.0.len() {
+        on_so_many(devices, ranks, conformance::PATIENT, |comm| {
+            for (turn, rows) in [1, 5, 1, 32, 2, 1, 1, 17].into_iter().enumerate() {
+                if turn % ranks == comm.rank() {
+                    std::thread::sleep(Duration::from_millis(5));
+                }
+                merged_as_gathered(&comm, turn, rows);
+                added_as_gathered(&comm, turn, rows);
+            }
+            comm.settle().unwrap();
+        });
+    }
+}
+
+/// Something between -1 and 1 for each element, other for every rank and turn.
+fn values(comm: &NcclComm, turn: usize, count: usize) -> Vec<f32> {
+    let of = |i: usize| ((i * 7919 + comm.rank() * 104_729 + turn * 1_299_709) % 2003) as f32 / 1001.5 - 1.0;
+    (0..count).map(of).collect()
+}
+
+fn bits(values: &[f32]) -> Vec<u16> {
+    values.iter().map(|value| bf16::from_f32(*value).to_bits()).collect()
+}
+
+fn scores_from(device: &Cuda, rows: usize, cols: usize, values: &[f32]) -> CudaScores {
+    let mut scores = device.scores(rows, cols).unwrap();
+    device.set_scores(values, &mut scores).unwrap();
+    scores
+}
+
+/// This rank's rows at its place among those of all.
+fn at_its_place(comm: &NcclComm, own: &[f32]) -> Vec<f32> {
+    let mut all = vec![9.0; own.len() * comm.size()];
+    all[comm.rank() * own.len()..][..own.len()].copy_from_slice(own);
+    all
+}
+
+fn merged_as_gathered(comm: &NcclComm, turn: usize, rows: usize) {
+    let (device, ranks) = (comm.device().clone(), comm.size());
+    let shape = HeadShape { heads: 6, kv_heads: 2, head_dim: 16 << (turn % 4) };
+    let (width, heads) = (shape.q_width(), shape.heads);
+    let parts = values(comm, turn, rows * width);
+    // Of some rows and heads this rank, or every rank, has seen nothing.
+    let unseen = |i: usize| i % 7 == comm.rank() || i % 11 == 3;
+    let lse = values(comm, turn + 1, rows * heads).into_iter().enumerate();
+    let lse: Vec<f32> = lse.map(|(i, value)| if unseen(i) { f32::NEG_INFINITY } else { 20.0 * value }).collect();
+    let own = (device.matrix_from(rows, width, &bits(&parts)).unwrap(), scores_from(&device, rows, heads, &lse));
+    let mut combined = device.matrix_from(rows + 2, width, &vec![0x4242; (rows + 2) * width]).unwrap();
+    let combining = comm.combining(rows, width).expect("devices that reach each other");
+    combining.merge_partials(shape, rows, (&own.0, &own.1), (&mut combined, 1)).unwrap();
+
+    let mut all = device.matrix_from(rows * ranks, width, &bits(&at_its_place(comm, &parts))).unwrap();
+    let mut all_lse = scores_from(&device, rows * ranks, heads, &at_its_place(comm, &lse));
+    comm.all_gather_partials(Partials::Attention(&mut all, &mut all_lse), &vec![rows; ranks]).unwrap();
+    let mut merged = device.matrix(rows, width).unwrap();
+    device.merge_stacked(shape, rows, ranks, &all, &all_lse, &mut merged).unwrap();
+    let (got, spare) = (device.read_matrix(&combined).unwrap(), vec![0x4242; width]);
+    let wanted = [spare.clone(), device.read_matrix(&merged).unwrap(), spare].concat();
+    assert!(got == wanted, "rank {} of {ranks}, turn {turn}: {rows} rows of {shape:?}", comm.rank());
+}
+
+fn added_as_gathered(comm: &NcclComm, turn: usize, rows: usize) {
+    let (device, ranks, cols) = (comm.device().clone(), comm.size(), 264 << (turn % 3));
+    let (sums, before) = (values(comm, turn, rows * cols), bits(&vec![0.75; rows * cols]));
+    let [mut combined, mut added] = [(); 2].map(|()| device.matrix_from(rows, cols, &before).unwrap());
+    let combining = comm.combining(rows, cols).expect("devices that reach each other");
+    combining.add_sums(rows, &scores_from(&device, rows, cols, &sums), &mut combined).unwrap();
+    let mut all = scores_from(&device, rows * ranks, cols, &at_its_place(comm, &sums));
+    comm.all_gather_partials(Partials::Sums(&mut all), &vec![rows; ranks]).unwrap();
+    device.add_partials(rows, ranks, &all, &mut added).unwrap();
+    let [got, wanted] = [combined, added].map(|matrix| device.read_matrix(&matrix).unwrap());
+    assert!(got == wanted, "rank {} of {ranks}, turn {turn}: {rows} rows of {cols}", comm.rank());
 }
 
 /// And one that has failed is followed by a new one on the same devices.

@@ -7,6 +7,7 @@
 use std::ffi::{CString, c_void};
 use std::mem::MaybeUninit;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU32;
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
@@ -101,6 +102,23 @@ impl Context {
         if self.bind("free").is_ok() {
             // SAFETY: (1) by the caller. A failure at this point has nobody left to act on it.
             let _ = unsafe { result::memory_free(at) };
+        }
+    }
+
+    /// Lets kernels of this device read and write memory of another; `false` if there is no way to it.
+    pub fn reach(&self, other: &Self) -> Result<bool, BackendError> {
+        let (op, mut can) = ("peer memory", 0);
+        // SAFETY: (1) both devices came from the driver; (2) the out-pointer is valid.
+        unsafe { sys::cuDeviceCanAccessPeer(&mut can, self.device, other.device) }.result().map_err(failed(op))?;
+        if can == 0 {
+            return Ok(false);
+        }
+        self.bind(op)?;
+        // SAFETY: (1) the context is retained as long as `other` lives, and its memory is used no longer.
+        match unsafe { sys::cuCtxEnablePeerAccess(other.raw, 0) }.result() {
+            Ok(()) | Err(DriverError(sys::CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED)) => Ok(true),
+            Err(DriverError(sys::CUresult::CUDA_ERROR_TOO_MANY_PEERS)) => Ok(false),
+            Err(error) => Err(failed(op)(error)),
         }
     }
 
@@ -476,6 +494,22 @@ impl Pinned {
     pub fn bytes(&self) -> &[u8] {
         // SAFETY: (1) allocated with this size, initialised, borrowed with `self`.
         unsafe { std::slice::from_raw_parts(self.at, self.bytes) }
+    }
+
+    /// Its first four bytes as a word that the device may read at any time.
+    pub fn word(&self) -> &AtomicU32 {
+        assert!(self.bytes >= size_of::<u32>(), "a word of {} bytes", self.bytes);
+        // SAFETY: (1) allocated with a page's alignment, initialised, borrowed with `self`; who asks for words asks for nothing else.
+        unsafe { AtomicU32::from_ptr(self.at.cast()) }
+    }
+
+    /// Where a device sees it.
+    pub fn address_on(&self, context: &Context) -> Result<u64, BackendError> {
+        let (op, mut at) = ("pinned memory", 0);
+        context.bind(op)?;
+        // SAFETY: (1) the memory came from the driver; (2) the out-pointer is valid.
+        unsafe { sys::cuMemHostGetDevicePointer_v2(&mut at, self.at.cast(), 0) }.result().map_err(failed(op))?;
+        Ok(at)
     }
 
     /// The memory, to be written.

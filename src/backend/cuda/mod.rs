@@ -22,6 +22,7 @@ mod modules;
 mod next;
 mod pace;
 mod partials;
+mod peers;
 mod products;
 mod profile;
 mod quantized;
@@ -36,6 +37,7 @@ pub use attention_kernels::AttentionPath;
 pub use lane::{Extent, Lane, Mark};
 pub use links::in_ring_order;
 pub use matrix::{CudaMatrix, CudaRows, CudaScores, CudaWeight};
+pub use peers::Peers;
 pub use products::ProductPath;
 
 use super::{AttentionTask, Backend, BackendError, HeadShape, KvMut, KvRef, Next, Wanted, WeightView};

@@ -13,6 +13,7 @@ const CUBINS: &[(&str, &str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/cubin
 
 /// Kernels of decode, which are short and many: each may begin while the one before ends. All of them wait for earlier grids first.
 const OVERLAPPING: &[&str] = &[
+    "add_from_peers",
     "add_partials",
     "attention_combine",
     "attention_decode_128",
@@ -26,6 +27,7 @@ const OVERLAPPING: &[&str] = &[
     "gemv_f32",
     "gemv_swiglu",
     "keep_fp8",
+    "merge_from_peers",
     "merge_stacked",
     "rms_norm",
     "rope_store",
@@ -140,6 +142,8 @@ functions! {
     query_scores in "query_aware";
     top_k in "top_k";
     gather_kv in "gather_kv";
+    add_from_peers in "peers";
+    merge_from_peers in "peers";
     move_columns in "columns";
     quantize_kv in "passing_fp8";
     restore_kv in "passing_fp8";

@@ -45,7 +45,7 @@ pub(super) fn measure(options: &Options, batches: &[usize], rows: &mut Vec<Row>)
                 continue;
             }
             let ms = batch.milliseconds_a_step(sequences, options.steps).map_err(failed)?;
-            let bytes = weight_bytes(&spec)
+            let bytes = weight_bytes(&spec, 1)
                 + sequences as f64 * cache_bytes(&spec, tokens + options.steps / 2, options.kv_cache.of_cuda());
             row.insert("ms_a_step".to_owned(), rounded(ms, 3));
             // A copy reads and writes; reading alone is as fast per byte that passes.

@@ -29,7 +29,8 @@ pub(super) fn measure(options: &Options, rows: &mut Vec<Row>) -> Result<(), CliE
             let mut row = one(options, &engine, &plan)?;
             // A copy reads and writes; reading alone is as fast per byte that passes.
             let cache = options.kv_cache.of_cuda();
-            let bytes = weight_bytes(engine.spec()) + cache_bytes(engine.spec(), tokens, cache);
+            let ranks = options.gpus();
+            let bytes = weight_bytes(engine.spec(), ranks) + cache_bytes(engine.spec(), tokens, cache) / ranks as f64;
             let floor = bytes / copy_gb_s / 1e6;
             row.insert("floor_ms".to_owned(), rounded(floor, 2));
             rows.push(row);
@@ -53,9 +54,10 @@ fn one(options: &Options, engine: &CudaEngine, plan: &crate::plan::PrefillPlan) 
     Ok(row)
 }
 
-/// Bytes of weights that a step reads.
-pub(super) fn weight_bytes(spec: &ModelSpec) -> f64 {
-    let layer = spec.hidden * (spec.shape.qkv_width() + spec.shape.q_width() + 3 * spec.intermediate);
+/// Bytes of weights that a step reads on the rank that reads most.
+pub(super) fn weight_bytes(spec: &ModelSpec, ranks: usize) -> f64 {
+    let part = spec.intermediate.div_ceil(ranks);
+    let layer = spec.hidden * (spec.shape.qkv_width() + spec.shape.q_width() + 3 * part);
     (2 * (spec.layers * layer + spec.vocab * spec.hidden)) as f64
 }
 

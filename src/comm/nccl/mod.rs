@@ -1,5 +1,8 @@
 //! Ranks on GPUs, joined by NCCL: one rank a device, any number of them in one process.
 //!
+//! Partial results are so little that what a collective of NCCL's costs is all in its beginning and its end. Where all devices are of one process and reach
+//! into each other's memory, kernels of our own combine them ([`combining`]).
+//!
 //! Rows go from device to device on a stream of their own, beside the computing: a collective begins when what was computed before it is done, and
 //! [`Comm::finish`] makes what is computed after it wait; the host waits for neither. Partial results, which all that follows needs, go in the order of the
 //! computing itself: that spares them the changes of streams. What is not rows (a word, a barrier, whether the sizes agree) goes
@@ -9,6 +12,7 @@
 //! never used again.
 #![allow(unsafe_code)]
 
+mod combining;
 mod library;
 mod shared;
 mod transfers;
@@ -19,14 +23,15 @@ use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+pub use combining::PEERS_VARIABLE;
 pub use library::{LIBRARY_VARIABLE, UniqueId, leave_multicast_off};
 
 use super::call::{Call, Unfit};
 use super::hub::{self, Met, Place, Side};
 use super::meeting::Meeting;
 use super::rounds::{Deposit, Rounds};
-use super::{Comm, CommError, Partials};
-use crate::backend::cuda::{Cuda, CudaMatrix, CudaScores, Extent, Lane, Mark};
+use super::{Combining, Comm, CommError, Partials};
+use crate::backend::cuda::{Cuda, CudaMatrix, CudaScores, Extent, Lane, Mark, Peers};
 use crate::backend::{Backend, BackendError};
 use library::{Nccl, Progress, Transfer};
 use shared::{Shared, device_error};
@@ -82,7 +87,7 @@ impl NcclComm {
         let id = UniqueId::new().map_err(not_started)?;
         let meeting = Meeting::Here(Arc::new(Rounds::new(devices.len(), deadlines.collective)));
         let meetings = devices.iter().map(|_| meeting.clone()).collect();
-        Self::start_all(id, (0, devices.len()), devices, meetings, deadlines)
+        Self::start_all(id, (0, devices.len()), devices, meetings, combining::connect(devices)?, deadlines)
     }
 
     /// The ends of this node's devices; every node has as many. What comes with them has to be kept as long as they.
@@ -100,7 +105,8 @@ impl NcclComm {
         let id = UniqueId::from_bytes(&secret)
             .ok_or_else(|| not_started("what the first node told is no id of NCCL's".to_owned()))?;
         let ranks = (place.node * devices.len(), place.nodes * devices.len());
-        Ok((Self::start_all(id, ranks, devices, meetings, deadlines)?, side))
+        let none = devices.iter().map(|_| None).collect();
+        Ok((Self::start_all(id, ranks, devices, meetings, none, deadlines)?, side))
     }
 
     /// Ranks from `first` on, of `size` in all, begun together and then connected.
@@ -109,12 +115,13 @@ impl NcclComm {
         (first, size): (usize, usize),
         devices: &[Arc<Cuda>],
         meetings: Vec<Meeting>,
+        peers: Vec<Option<Peers>>,
         deadlines: Deadlines,
     ) -> Result<Vec<Self>, CommError> {
         let nccl = library::nccl().map_err(not_started)?;
         let mut ends = Vec::with_capacity(devices.len());
-        for (index, (device, meeting)) in devices.iter().zip(meetings).enumerate() {
-            ends.push(Self::begin(nccl, id, (first + index, size), device, meeting, deadlines)?);
+        for (index, (device, (meeting, peers))) in devices.iter().zip(meetings.into_iter().zip(peers)).enumerate() {
+            ends.push(Self::begin(nccl, id, (first + index, size), device, (meeting, peers), deadlines)?);
         }
         let outcomes: Vec<_> = thread::scope(|scope| {
             let threads: Vec<_> = ends.iter().map(|end| scope.spawn(|| end.connect(deadlines.start))).collect();
@@ -138,7 +145,7 @@ impl NcclComm {
         id: UniqueId,
         (rank, size): (usize, usize),
         device: &Arc<Cuda>,
-        meeting: Meeting,
+        (meeting, peers): (Meeting, Option<Peers>),
         deadlines: Deadlines,
     ) -> Result<Self, CommError> {
         let lane = Lane::new(device).map_err(device_error("start"))?;
@@ -154,6 +161,7 @@ impl NcclComm {
             under_way: Mutex::default(),
             met: Mutex::default(),
             closing: AtomicBool::new(false),
+            peers,
             lane,
         });
         Ok(Self { shared, started: AtomicU64::new(0), watch: None })
@@ -180,7 +188,10 @@ impl NcclComm {
             let mark = unsafe { shared.issue(op, &transfers, &|| until) }?;
             shared.wait_for(op, &mark, &|| until)?;
         }
-        Ok(())
+        match &shared.peers {
+            Some(peers) => combining::try_out(shared, peers, until),
+            None => Ok(()),
+        }
     }
 
     /// The ends of a group that is connected begin to watch.
@@ -343,6 +354,11 @@ impl Comm<CudaMatrix, CudaScores> for NcclComm {
         // SAFETY: (1) they are borrowed.
         unsafe { self.shared.compute(op, &transfers) }.inspect_err(|_| self.shared.give_up())?;
         self.shared.check()
+    }
+
+    fn combining(&self, rows: usize, width: usize) -> Option<&dyn Combining<CudaMatrix, CudaScores>> {
+        let takes = self.shared.peers.as_ref().is_some_and(|peers| peers.takes(rows, width));
+        takes.then_some(self as &dyn Combining<_, _>)
     }
 
     fn broadcast(&self, root: usize, value: u64) -> Result<u64, CommError> {

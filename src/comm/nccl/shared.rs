@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use super::library::{Handle, Nccl, Progress, Transfer};
 use crate::backend::BackendError;
-use crate::backend::cuda::{Lane, Mark};
+use crate::backend::cuda::{Lane, Mark, Peers};
 use crate::comm::CommError;
 use crate::comm::meeting::Meeting;
 
@@ -35,6 +35,8 @@ pub(super) struct Shared {
     /// What this rank itself has met, until it is told to its caller.
     pub(super) met: Mutex<Option<CommError>>,
     pub(super) closing: AtomicBool,
+    /// Where the devices reach into each other's memory.
+    pub(super) peers: Option<Peers>,
     pub(super) lane: Lane,
 }
 
@@ -66,7 +68,7 @@ impl Shared {
     }
 
     /// Ends the communicator because of what this rank has met. What its caller is to be told comes back: what ended it first.
-    fn fail(&self, error: CommError) -> CommError {
+    pub(super) fn fail(&self, error: CommError) -> CommError {
         match self.meeting.fail(self.rank, &error) {
             true => error,
             false => self.check().err().unwrap_or(error),
@@ -120,6 +122,9 @@ impl Shared {
 
     /// Lets the device go: what it does for the communicator stops where it is.
     pub(super) fn abort_device(&self) {
+        if let Some(peers) = &self.peers {
+            peers.end();
+        }
         let handle = self.handle.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(handle) = handle {
             // Should it fail, the device stays where it is, and the process is the last word.
@@ -149,6 +154,11 @@ impl Shared {
         let computing = self.lane.computing().map_err(self.broken(op))?;
         // SAFETY: (1) by the caller, and memory is given back in the order of the computing; (2) the stream is the device's, which is current.
         unsafe { self.transfer(op, transfers, computing, &|| self.until(since)) }?;
+        self.watch_computing(op, since)
+    }
+
+    /// Notes for the watch that a collective among the computing ends where that ends now.
+    pub(super) fn watch_computing(&self, op: &'static str, since: Instant) -> Result<(), CommError> {
         self.watched(op, since, self.lane.mark_computing().map_err(self.broken(op))?);
         Ok(())
     }

@@ -133,7 +133,9 @@ Result cuMemFreeHost(void* at) {
     pinned().erase(reinterpret_cast<uintptr_t>(at));
     return std::free(at), OK;
 }
-Result cuMemHostGetDevicePointer_v2(uint64_t* at, void* host, unsigned) { return *at = reinterpret_cast<uint64_t>(host), OK; }
+Result cuMemHostGetDevicePointer_v2(uint64_t* at, void* host, unsigned) {
+    return *at = reinterpret_cast<uint64_t>(host), emulator::current_device() < 0 ? INVALID_CONTEXT : OK;
+}
 // Pinned memory is read when the copy's turn comes, other memory at once.
 Result cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, Stream* stream) {
     if (is_pinned(from)) return copy(stream, reinterpret_cast<void*>(to), from, bytes);

@@ -15,7 +15,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 using Lock = std::unique_lock<std::mutex>;
 
-thread_local int current = 0;
+thread_local int current = -1;  // none yet
 
 // Never destroyed, because streams may outlive main.
 struct Failures {

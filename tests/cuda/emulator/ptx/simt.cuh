@@ -127,8 +127,18 @@ T atomicMin(T* at, T value) {
     return old;
 }
 
-inline void store_release(uint32_t* at, uint32_t value) { __atomic_store_n(at, value, __ATOMIC_RELEASE); }
-inline uint32_t load_acquire(const uint32_t* at) { return __atomic_load_n(at, __ATOMIC_ACQUIRE); }
+struct alignas(16) Line {
+    uint64_t half[2];
+};
+inline void store_line(Line* at, uint32_t first, uint32_t second, uint32_t turn) {
+    const uint32_t words[2] = {first, second};
+    for (int i = 0; i < 2; ++i) __atomic_store_n(&at->half[i], words[i] | uint64_t(turn) << 32, __ATOMIC_RELAXED);
+}
+inline bool load_line(const Line* at, uint32_t turn, uint32_t& first, uint32_t& second) {
+    const uint64_t halves[2] = {__atomic_load_n(&at->half[0], __ATOMIC_RELAXED), __atomic_load_n(&at->half[1], __ATOMIC_RELAXED)};
+    first = uint32_t(halves[0]), second = uint32_t(halves[1]);
+    return halves[0] >> 32 == turn && halves[1] >> 32 == turn;
+}
 inline uint32_t load_volatile(const uint32_t* at) { return __atomic_load_n(at, __ATOMIC_RELAXED); }
 
 inline uint8_t* dynamic_shared() { return emulator::block_shared; }
