@@ -20,6 +20,8 @@ const TOLERANCE: f32 = 0.1;
 const MODEL: &str = "goldens/llama-3.1";
 const MEMORY_BYTES: usize = 400 << 20;
 const RANKS_AT_MOST: usize = 8;
+/// Runs in one of which memory is full in time.
+const TRIES: usize = 50;
 
 /// A test's name, the GPUs that it needs, and what it does with those that there are.
 type Test = (&'static str, usize, fn(usize));
@@ -202,7 +204,9 @@ fn failed(gpus: usize) {
     let plan = engine.plan(context.len(), query.len(), 3, &request).unwrap();
     let job = Job { context: &context, query: &query, plan: &plan, new_tokens: 1 };
     let start = Instant::now();
-    let outcome = engine.run(&job, &mut Greedy { engine: &engine, taken: Vec::new() });
-    assert!(matches!(outcome, Err(EngineError::Memory { .. } | EngineError::Device { .. })), "{outcome:?}");
+    let run = |_| engine.run(&job, &mut Greedy { engine: &engine, taken: Vec::new() });
+    // Of progress one is told while the ranks go on: fast GPUs may have what they need before their memory is full.
+    let outcome = (0..TRIES).map(run).find(Result::is_err);
+    assert!(matches!(outcome, Some(Err(EngineError::Memory { .. } | EngineError::Device { .. }))), "{outcome:?}");
     assert!(start.elapsed() < Duration::from_secs(100), "{:?}", start.elapsed());
 }
