@@ -60,7 +60,7 @@ pub struct Network {
     pub between: Link,
 }
 
-/// Between H100 as between H200; what two of each take for a token says so.
+/// What two H100 take for a token says so; two H200 take less.
 fn partials_us() -> f64 {
     8.0
 }
@@ -92,7 +92,7 @@ impl Calibration {
     /// An H100 80GB HBM3. The rates are those of the stages of one prefill (Llama-3.1-8B shape, APB with 8 hosts, 128K tokens), of causal attention over 128K
     /// tokens alone, of a copy, and of a step of one token at 128K, in FP8 of two (`kernels/README.md` has the figures); how far other prefills and steps are
     /// off is held by tests. The link within a node is what the exchanges of Ulysses reach between two H200, which have the same NVLink, and the time until
-    /// its first byte what the partial results of a token took there; that between nodes is not measured: one
+    /// its first byte what the partial results of a token took there by NCCL; that between nodes is not measured: one
     /// adapter of 400 Gbit/s a device has 50 GB/s, and a byte is taken to be 10 µs longer on its way.
     pub fn h100() -> Self {
         Self {

@@ -30,7 +30,7 @@ const MEMORY: f64 = 0.005;
 const SIX_MINUTES: f64 = 0.01;
 /// How far a token on two GPUs may be off.
 const TOKEN: f64 = 0.03;
-/// By how much it may be faster on two H200. What one takes for a token is told apart into a bandwidth and a time of each layer; that time, 51 µs where an
+/// By how much it may be faster on two H200. What one takes for a token is told apart into a bandwidth and a time of each layer; that time, 52 µs where an
 /// H100 has 27, two do not seem to need whole.
 const FASTER_TOKEN: f64 = 0.14;
 
