@@ -101,3 +101,28 @@ extern "C" __global__ void merge_from_peers(const __grid_constant__ Peers peers,
     to[0] = pack_bf16(merged.value[0], merged.value[1]);
     to[1] = pack_bf16(merged.value[2], merged.value[3]);
 }
+
+// Columns of all ranks side by side (join_columns.cu): part [rows, width] f32 is this rank's, out [rows, cols]. A thread takes two elements of a part, which are
+// a line.
+extern "C" __global__ void join_from_peers(const __grid_constant__ Peers peers, int rows, int cols, int width, const float* part, float* out) {
+    const int at = (blockIdx.x * blockDim.x + threadIdx.x) * 2, elements = rows * width;
+    let_the_next_grid_start();
+    wait_for_earlier_grids();
+    if (at >= elements) return;
+    const bool has_second = at + 1 < elements;
+    const uint32_t own[2] = {float_to_bits(part[at]), has_second ? float_to_bits(part[at + 1]) : 0};
+    peers.post(at / 2, own[0], own[1]);
+    const Lines lines(peers, at / 2, own[0], own[1]);
+#pragma unroll
+    for (int r = 0; r < MOST_RANKS; ++r) {
+        if (r >= peers.ranks) continue;
+        const int first = min(r * width, cols - width);
+        const auto put = [&](int element, uint32_t bits) {
+            const int row = element / width, col = first + element % width;
+            // What an earlier rank has too is that one's.
+            if (col >= r * width) out[size_t(row) * cols + col] = bits_to_float(bits);
+        };
+        put(at, lines.first[r]);
+        if (has_second) put(at + 1, lines.second[r]);
+    }
+}

@@ -17,6 +17,13 @@ use std::ops::Range;
 /// Columns that the parts of an MLP are made of: 16 bytes, which is what kernels read at a time.
 pub const PART_COLS: usize = 8;
 
+/// Columns that are part `index` of `cols` columns in `count` parts. All parts are of one width, for which the last ones may begin before the one ahead of them ends.
+pub fn even_part(cols: usize, index: usize, count: usize) -> Range<usize> {
+    let width = cols.div_ceil(count).next_multiple_of(PART_COLS).min(cols);
+    let first = (index * width).min(cols - width);
+    first..first + width
+}
+
 /// Why a backend could not do what it was asked.
 #[derive(Debug, thiserror::Error)]
 pub enum BackendError {
@@ -141,12 +148,22 @@ pub struct KvMut<'a, M> {
     pub first_row: usize,
 }
 
+/// What makes logits of the hidden state.
+pub struct Head<'a, W> {
+    /// Of the final RMSNorm.
+    pub norm: &'a W,
+    /// As in [`Backend::rms_norm`].
+    pub epsilon: f32,
+    /// The language-model head, `[vocab, hidden]`.
+    pub weights: &'a W,
+}
+
 /// What is wanted of a row's logits.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Wanted {
     /// The logits themselves.
     Logits,
-    /// A token, as [`Backend::choose_token`] chooses it: temperature, nucleus and draw.
+    /// A token by temperature, nucleus and draw, see [`Backend::next_tokens`].
     Token((f32, f32, f32)),
 }
 
@@ -420,54 +437,32 @@ pub trait Backend: Send + Sync {
         rows: usize,
         kv: KvMut<'_, Self::Matrix>,
     ) -> Result<(), BackendError>;
-    /// Final norm and language-model head of one row: `vocab` logits, on the host.
+    /// Final norm and the rows `part` of the language-model head, for the first `rows` rows of `x`: `out[first_row + i, j]` is the logit of token
+    /// `part.start + j`. `out` has as many columns as the part has tokens.
     fn logits(
         &self,
+        rows: usize,
         x: &Self::Matrix,
-        row: usize,
-        norm: &Self::Weight,
-        epsilon: f32,
-        head: &Self::Weight,
-    ) -> Result<Vec<f32>, BackendError>;
-
-    /// A token by [`Backend::logits`], without bringing those to the host. `choice` is temperature, nucleus and draw: with temperature 0 the highest logit,
-    /// of equals the lowest token. Otherwise weights are e^(logit / temperature); the nucleus are the most probable tokens, as few as hold that share of all
-    /// weights, and all that equal the last of them; in the order of the tokens, the first at which the sum of the weights exceeds the draw (in 0..1) times
-    /// that of the nucleus. `None` if one of the logits is not finite, or if this backend leaves the choice to its caller.
-    fn choose_token(
+        head: &Head<'_, Self::Weight>,
+        part: Range<usize>,
+        out: &mut Self::Scores,
+        first_row: usize,
+    ) -> Result<(), BackendError>;
+    /// Puts the columns of `count` parts side by side, for the first `rows` rows of `out`: `out[i, first + j] = parts[p * rows + i, j]`, where columns
+    /// `first..` are [`even_part`] `p`. A column that two parts have is taken from the first of them.
+    fn join_columns(
         &self,
-        _x: &Self::Matrix,
-        _row: usize,
-        _norm: &Self::Weight,
-        _epsilon: f32,
-        _head: &Self::Weight,
-        _choice: (f32, f32, f32),
-    ) -> Result<Option<u32>, BackendError> {
-        Ok(None)
-    }
-
-    /// For each of the first `wanted.len()` rows of `x` what is wanted of it, as [`Backend::logits`] and [`Backend::choose_token`] give it: the next tokens
-    /// of a batch. A device may well read the language-model head once for all of them.
-    fn next_tokens(
-        &self,
-        x: &Self::Matrix,
-        norm: &Self::Weight,
-        epsilon: f32,
-        head: &Self::Weight,
-        wanted: &[Wanted],
-    ) -> Result<Vec<Next>, BackendError> {
-        let next = |(row, wanted): (usize, &Wanted)| {
-            let chosen = match wanted {
-                Wanted::Logits => None,
-                Wanted::Token(choice) => self.choose_token(x, row, norm, epsilon, head, *choice)?,
-            };
-            match chosen {
-                Some(token) => Ok(Next::Token(token)),
-                None => Ok(Next::Logits(self.logits(x, row, norm, epsilon, head)?)),
-            }
-        };
-        wanted.iter().enumerate().map(next).collect()
-    }
+        rows: usize,
+        count: usize,
+        parts: &Self::Scores,
+        out: &mut Self::Scores,
+    ) -> Result<(), BackendError>;
+    /// For each of the first `wanted.len()` rows of logits what is wanted of it: the next tokens of a batch. A device that chooses brings no logits to the host for
+    /// it. A choice is temperature, nucleus and draw: with temperature 0 the highest logit, of equals the lowest token. Otherwise weights are
+    /// e^(logit / temperature); the nucleus are the most probable tokens, as few as hold that share of all weights, and all that equal the last of them; in the
+    /// order of the tokens, the first at which the sum of the weights exceeds the draw (in 0..1) times that of the nucleus. Where a logit is not finite, or where
+    /// this backend leaves the choice to its caller, the logits come instead.
+    fn next_tokens(&self, logits: &Self::Scores, wanted: &[Wanted]) -> Result<Vec<Next>, BackendError>;
 
     /// Called between layers. A device that runs behind the host lets it get ahead by a few calls at most, so that a caller who
     /// is told of progress, or cancels, is not told long before the device has come there.

@@ -153,10 +153,13 @@ fn check_partials<R: Ranks>(ranks: &R, comm: &R::C, turn: usize, counts: &[usize
     let mut lse = ranks.scores(comm, rows, cols, &before_gather(turn + 1, rank, counts, cols));
     let mut sums = ranks.scores(comm, rows, 3 * cols, &before_gather(turn + 2, rank, counts, 3 * cols));
     comm.all_gather_partials(Partials::Attention(&mut parts, &mut lse), counts).expect("partial results of attention");
+    let mut columns = ranks.scores(comm, rows, 5 * cols, &before_gather(turn + 3, rank, counts, 5 * cols));
     comm.all_gather_partials(Partials::Sums(&mut sums), counts).expect("partial sums");
+    comm.all_gather_partials(Partials::Columns(&mut columns), counts).expect("columns of a result");
     check_gathered(rank, &ranks.matrix_values(comm, &parts), turn, counts, 4 * cols);
     check_gathered(rank, &ranks.scores_values(comm, &lse), turn + 1, counts, cols);
     check_gathered(rank, &ranks.scores_values(comm, &sums), turn + 2, counts, 3 * cols);
+    check_gathered(rank, &ranks.scores_values(comm, &columns), turn + 3, counts, 5 * cols);
 }
 
 fn check_rotate<R: Ranks>(ranks: &R, comm: &R::C, turn: usize, counts: &[usize], cols: usize) {

@@ -191,7 +191,7 @@ impl Comm<Matrix, Scores> for LocalComm {
     fn all_gather_partials(&self, partials: Partials<'_, Matrix, Scores>, counts: &[usize]) -> Result<(), CommError> {
         let matrices = match partials {
             Partials::Attention(parts, lse) => vec![parts, &mut **lse],
-            Partials::Sums(sums) => vec![&mut **sums],
+            Partials::Sums(scores) | Partials::Columns(scores) => vec![&mut **scores],
         };
         let sizes: Vec<_> = matrices.iter().map(|matrix| dimensions(matrix)).collect();
         let call = self.checked(Call::all_gather_partials(self.size, &sizes, counts))?;

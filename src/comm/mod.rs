@@ -45,6 +45,8 @@ pub enum Partials<'a, M, S> {
     Attention(&'a mut M, &'a mut S),
     /// Of a product over the columns of each: what has to be added up.
     Sums(&'a mut S),
+    /// Of a product, some columns of the result: what has to be put side by side.
+    Columns(&'a mut S),
 }
 
 /// What makes partial results of all ranks one, everywhere in the order of the ranks, so that every rank has the same, bit for bit. All ranks ask for the
@@ -62,6 +64,9 @@ pub trait Combining<M, S> {
     /// Adds sums to the first `rows` rows of `x`, as [`Backend::add_partials`](crate::backend::Backend::add_partials) does: this rank's are the first `rows`
     /// rows of `sums`.
     fn add_sums(&self, rows: usize, sums: &S, x: &mut M) -> Result<(), CommError>;
+    /// Puts columns side by side in the first `rows` rows of `out`, as [`Backend::join_columns`](crate::backend::Backend::join_columns) does: this rank's are
+    /// the first `rows` rows of `part`.
+    fn join_columns(&self, rows: usize, part: &S, out: &mut S) -> Result<(), CommError>;
 }
 
 /// One rank's end of a communicator over matrices of type `M` and score matrices of type `S`.

@@ -24,7 +24,7 @@ pub use prefill::{PrefillCost, RankCost, Stages};
 pub use shape::ModelShape;
 pub use work::{Exchange, LayerWork, RankWork};
 
-use crate::plan::{PrefillPlan, QUERY_CHUNK};
+use crate::plan::PrefillPlan;
 
 /// Predicts what inferences with one model on one kind of device cost.
 #[derive(Debug, Clone, PartialEq)]
@@ -103,7 +103,7 @@ impl CostModel {
 
     /// Bytes that a rank holds for passes of `at_once` generating sequences, whatever it works on.
     pub fn fixed_memory(&self, ranks: usize, at_once: usize) -> u64 {
-        self.shape.footprint().fixed_memory(ranks, at_once.max(QUERY_CHUNK))
+        self.shape.footprint().fixed_memory(ranks, at_once)
     }
 
     /// Bytes that a rank has beside the weights.

@@ -82,6 +82,7 @@ impl ModelShape {
             heads: self.heads,
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
+            vocab: self.vocab,
             element_bytes: self.element_bytes,
             kept_row_bytes: self.kept_row_bytes,
             scratch_bytes: self.scratch_bytes,

@@ -58,10 +58,10 @@ pub struct Feed {
 pub enum Command {
     /// Make room for a sequence and embed its context.
     Begin { sequence: SequenceId, job: Box<OwnedJob> },
-    /// Take the next layer of its prefill.
+    /// Take the next layer of its prefill. After the last one there are the logits of its query, if that has gone through with it.
     Layer { sequence: SequenceId },
-    /// Append tokens to sequences, all in one pass.
-    Append { feeds: Vec<Feed> },
+    /// Append tokens to sequences, all in one pass, and have the logits of the last of each if they are needed.
+    Append { feeds: Vec<Feed>, gives_logits: bool },
     /// Forget a sequence.
     End { sequence: SequenceId },
 }

@@ -156,7 +156,7 @@ impl Devices for CudaDevices {
     fn scratch_bytes(&self, spec: &ModelSpec) -> u64 {
         let heads = self.weights(0).retaining_heads.as_ref();
         let head_width = heads.and_then(|heads| heads.first()).map_or(0, |head| head.w2.cols());
-        let shape = ScratchShape { heads: spec.shape, intermediate: spec.intermediate, vocab: spec.vocab, head_width };
+        let shape = ScratchShape { heads: spec.shape, intermediate: spec.intermediate, head_width };
         self.backend().scratch_bytes(&shape)
     }
 

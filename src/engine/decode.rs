@@ -1,6 +1,6 @@
 //! Query and generated tokens, of many sequences in one pass: every rank attends over its own keys and values, the partial results of
 //! the ranks are gathered and merged by log-sum-exp, everywhere in the order of the ranks. Of the MLP, where most of the weights are, every rank takes a
-//! part of the width, and what those give is gathered and added up in the same order.
+//! part of the width, and what those give is gathered and added up in the same order; of the vocabulary too every rank takes a part.
 //!
 //! Invariant: after a pass every rank has the same hidden state, bit for bit; a row sees its own sequence alone.
 
@@ -8,10 +8,11 @@ use std::ops::Range;
 
 use crate::backend::{AttentionTask, Backend, BackendError, KvMut, KvRef, Next, Wanted};
 use crate::comm::{Comm, Partials};
-use crate::model::ModelSpec;
 use crate::model::weights::LayerWeights;
+use crate::plan::pass_rows;
 
 use super::kv::{KeyValues, KvCache};
+use super::logits::Logits;
 use super::rank::{Activations, Rank, RankError};
 
 /// A prefilled context that tokens can be appended to; one rank's part of it.
@@ -52,6 +53,7 @@ pub(super) struct Decoder<B: Backend> {
     unkept: KeyValues<B::Matrix>,
     /// The last row of every sequence of the pass, `[rows, hidden]`.
     last: B::Matrix,
+    logits: Logits<B>,
     stack: Option<Stack<B>>,
 }
 
@@ -69,8 +71,9 @@ struct Stack<B: Backend> {
 }
 
 impl<B: Backend> Decoder<B> {
-    /// Buffers for passes of `rows` rows at most.
-    pub fn new<C: Comm<B::Matrix, B::Scores>>(rank: &Rank<'_, B, C>, rows: usize) -> Result<Self, BackendError> {
+    /// Buffers for passes in which at most `at_once` sequences generate.
+    pub fn new<C: Comm<B::Matrix, B::Scores>>(rank: &Rank<'_, B, C>, at_once: usize) -> Result<Self, BackendError> {
+        let rows = pass_rows(at_once);
         let (backend, shape, ranks) = (rank.backend, rank.shape(), rank.comm.size());
         let stacked = || {
             Ok::<_, BackendError>(Stack {
@@ -85,6 +88,7 @@ impl<B: Backend> Decoder<B> {
             activations: Activations::new(backend, rank.spec, rows)?,
             unkept: KeyValues::new(backend, shape, rows)?,
             last: backend.matrix(rows, rank.spec.hidden)?,
+            logits: Logits::new(rank, at_once)?,
             stack: if ranks > 1 { Some(stacked()?) } else { None },
         })
     }
@@ -107,14 +111,18 @@ impl<B: Backend> Decoder<B> {
         self.keep_last_rows(rank.backend, &pass)
     }
 
-    /// For each sequence of the last pass, in its order, what is wanted of its last token's logits.
-    pub fn next<C: Comm<B::Matrix, B::Scores>>(
-        &self,
+    /// Logits of the first `rows` rows that were kept of the last pass, on every rank.
+    pub fn give_logits<C: Comm<B::Matrix, B::Scores>>(
+        &mut self,
         rank: &Rank<'_, B, C>,
-        wanted: &[Wanted],
-    ) -> Result<Vec<Next>, RankError> {
-        let (head, spec): (_, &ModelSpec) = (rank.weights.language_model_head(), rank.spec);
-        Ok(rank.backend.next_tokens(&self.last, &rank.weights.final_norm, spec.epsilon, head, wanted)?)
+        rows: usize,
+    ) -> Result<(), RankError> {
+        self.logits.give(rank, rows, &self.last)
+    }
+
+    /// For each row of the last logits, in their order, what is wanted of it.
+    pub fn next(&self, backend: &B, wanted: &[Wanted]) -> Result<Vec<Next>, RankError> {
+        self.logits.next(backend, wanted)
     }
 
     fn layer<C: Comm<B::Matrix, B::Scores>>(
@@ -177,7 +185,7 @@ impl<B: Backend> Decoder<B> {
     }
 
     /// The second half of the last layer for some rows of somebody else's activations, all of one sequence; what is left of the last of them is kept for
-    /// [`Decoder::next`].
+    /// [`Decoder::give_logits`].
     pub fn close_rows<C: Comm<B::Matrix, B::Scores>>(
         &mut self,
         rank: &Rank<'_, B, C>,

@@ -17,7 +17,7 @@ use super::conversation::{self, Driver, Outcome, Timing};
 use super::devices::{Connected, Devices, Memory};
 use super::lead::Submission;
 use super::rank::Rank;
-use super::ranks::{Following, Work, follow_first_node, pass_rows, serve};
+use super::ranks::{Following, Work, follow_first_node, serve};
 use super::schedule::{Limits, Needs};
 
 /// The part of the memory that stays free where several sequences share it.
@@ -39,7 +39,7 @@ impl<D: Devices> Model<D> {
     /// Bytes that are held whatever is done.
     pub fn fixed_bytes(&self, limits: &Limits) -> u64 {
         let ranks = self.devices.ranks();
-        let of_rank = self.footprint().fixed_memory(ranks, pass_rows(limits));
+        let of_rank = self.footprint().fixed_memory(ranks, limits.at_once);
         match self.devices.memory() {
             Memory::Shared(_) => of_rank * ranks as u64,
             Memory::Each(_) => of_rank,
@@ -56,6 +56,7 @@ impl<D: Devices> Model<D> {
             heads: shape.heads,
             kv_heads: shape.kv_heads,
             head_dim: shape.head_dim,
+            vocab: spec.vocab,
             element_bytes: self.devices.element_bytes(),
             kept_row_bytes: self.devices.kept_row_bytes(shape),
             scratch_bytes: self.devices.scratch_bytes(spec),
@@ -91,7 +92,7 @@ impl<D: Devices> Model<D> {
         };
         (terms.joined)();
         let (backends, comms): (Vec<_>, Vec<_>) = members.into_iter().unzip();
-        follow_first_node(self.ranks(&backends, comms), told, pass_rows(limits), terms.leaves)
+        follow_first_node(self.ranks(&backends, comms), told, limits.at_once, terms.leaves)
     }
 }
 

@@ -230,7 +230,7 @@ impl<'r, 'a, B: Backend, C: Comm<B::Matrix, B::Scores>> Leader<'r, 'a, B, C> {
         let tokens = rest[..rest.len().min(QUERY_CHUNK)].to_vec();
         active.query_done += tokens.len();
         let is_last = active.query_done == active.query.len();
-        self.command(Command::Append { feeds: vec![Feed { sequence: id, tokens }] })?;
+        self.command(Command::Append { feeds: vec![Feed { sequence: id, tokens }], gives_logits: is_last })?;
         if is_last { self.choose(&[id]) } else { Ok(()) }
     }
 
@@ -243,7 +243,7 @@ impl<'r, 'a, B: Backend, C: Comm<B::Matrix, B::Scores>> Leader<'r, 'a, B, C> {
         let before = Instant::now();
         let feeds: Vec<Feed> = ids.iter().filter_map(feed).collect();
         let fed: Vec<SequenceId> = feeds.iter().map(|feed| feed.sequence).collect();
-        self.command(Command::Append { feeds })?;
+        self.command(Command::Append { feeds, gives_logits: true })?;
         self.choose(&fed)?;
         // The choice has waited for the device.
         self.schedule.learn_step(before.elapsed().as_secs_f64());

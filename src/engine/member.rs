@@ -21,9 +21,9 @@ pub(super) struct Member<'r, 'a, B: Backend, C> {
 }
 
 impl<'r, 'a, B: Backend, C: Comm<B::Matrix, B::Scores>> Member<'r, 'a, B, C> {
-    /// A rank without sequences, with buffers for passes of `rows` rows.
-    pub fn new(rank: &'r Rank<'a, B, C>, rows: usize) -> Result<Self, RankError> {
-        let decoder = Decoder::new(rank, rows)?;
+    /// A rank without sequences, with buffers for passes in which `at_once` of them generate.
+    pub fn new(rank: &'r Rank<'a, B, C>, at_once: usize) -> Result<Self, RankError> {
+        let decoder = Decoder::new(rank, at_once)?;
         Ok(Self { rank, decoder, prefilling: HashMap::new(), ready: HashMap::new() })
     }
 
@@ -32,7 +32,7 @@ impl<'r, 'a, B: Backend, C: Comm<B::Matrix, B::Scores>> Member<'r, 'a, B, C> {
         match command {
             Command::Begin { sequence, job } => self.begin(*sequence, job),
             Command::Layer { sequence } => self.layer(*sequence),
-            Command::Append { feeds } => self.append(feeds),
+            Command::Append { feeds, gives_logits } => self.append(feeds, *gives_logits),
             Command::End { sequence } => {
                 self.prefilling.remove(sequence);
                 self.ready.remove(sequence);
@@ -41,9 +41,10 @@ impl<'r, 'a, B: Backend, C: Comm<B::Matrix, B::Scores>> Member<'r, 'a, B, C> {
         }
     }
 
-    /// For each sequence of the last [`Command::Append`], or for the one whose query has gone through its last [`Command::Layer`], what is wanted of its last token's logits.
+    /// For each sequence of the last [`Command::Append`] that gave logits, or for the one whose query has gone through its last [`Command::Layer`], what is wanted of
+    /// its last token's logits.
     pub fn next(&self, wanted: &[Wanted]) -> Result<Vec<Next>, RankError> {
-        self.decoder.next(self.rank, wanted)
+        self.decoder.next(self.rank.backend, wanted)
     }
 
     fn begin(&mut self, sequence: SequenceId, job: &OwnedJob) -> Result<(), RankError> {
@@ -67,12 +68,15 @@ impl<'r, 'a, B: Backend, C: Comm<B::Matrix, B::Scores>> Member<'r, 'a, B, C> {
         Ok(())
     }
 
-    fn append(&mut self, feeds: &[Feed]) -> Result<(), RankError> {
+    fn append(&mut self, feeds: &[Feed], gives_logits: bool) -> Result<(), RankError> {
         let take = |feed: &Feed| self.ready.remove(&feed.sequence).ok_or_else(|| unknown(feed.sequence));
         let mut sequences = feeds.iter().map(take).collect::<Result<Vec<_>, _>>()?;
         let mut fed: Vec<Fed<'_, B>> =
             sequences.iter_mut().zip(feeds).map(|(sequence, feed)| (sequence, &feed.tokens[..])).collect();
         self.decoder.pass(self.rank, &mut fed)?;
+        if gives_logits {
+            self.decoder.give_logits(self.rank, feeds.len())?;
+        }
         self.ready.extend(feeds.iter().map(|feed| feed.sequence).zip(sequences));
         Ok(())
     }

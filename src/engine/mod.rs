@@ -18,6 +18,7 @@ mod host_memory;
 mod kv;
 mod lead;
 mod local;
+mod logits;
 mod member;
 mod open;
 mod prefill;

@@ -51,7 +51,7 @@ impl<B: Backend> Prefill<B> {
         Ok(Self { plan, state, attention, eviction, cache, layers_done: 0 })
     }
 
-    /// Takes the next layer; `true` if it was the last. What is left of a query after that is in the decoder.
+    /// Takes the next layer; `true` if it was the last. The logits of a query that has gone through with its context are in the decoder then.
     pub fn layer<C: Comm<B::Matrix, B::Scores>>(
         &mut self,
         rank: &Rank<'_, B, C>,
@@ -172,7 +172,10 @@ impl<B: Backend> PrefillState<B> {
     ) -> Result<(), RankError> {
         match self.query.is_empty() {
             true => Ok(()),
-            false => decoder.close_rows(rank, layer, &self.activations, self.query.clone()),
+            false => {
+                decoder.close_rows(rank, layer, &self.activations, self.query.clone())?;
+                decoder.give_logits(rank, 1)
+            }
         }
     }
 }

@@ -57,7 +57,7 @@ where
         followers.push(sender);
         orders.push(Some(receiver));
     }
-    let (rows, never) = (pass_rows(&work.limits), AtomicBool::new(false));
+    let (at_once, never) = (work.limits.at_once, AtomicBool::new(false));
     // Kept until the last of the ranks has ended: the others meet at it.
     let mut side = work.side.take();
     let nodes = match &mut side {
@@ -82,7 +82,7 @@ where
                 None => {
                     let orders = orders.get_mut(index.wrapping_sub(1)).and_then(Option::take);
                     let never = &never;
-                    builder.spawn_scoped(scope, move || follow(&rank, orders, rows, never))
+                    builder.spawn_scoped(scope, move || follow(&rank, orders, at_once, never))
                 }
             });
         }
@@ -110,7 +110,7 @@ fn pass_on(node: &Orders, commands: &Receiver<Arc<Command>>) -> Result<(), RankE
 pub(super) fn follow_first_node<B, C>(
     ranks: Vec<Rank<'_, B, C>>,
     mut told: Told,
-    rows: usize,
+    at_once: usize,
     leaves: &AtomicBool,
 ) -> Result<(), EngineError>
 where
@@ -125,7 +125,7 @@ where
             followers.push(sender);
             let builder = Builder::new().name(format!("apbd-rank-{}", rank.comm.rank()));
             let has_left = &has_left;
-            threads.push(builder.spawn_scoped(scope, move || follow(&rank, Some(orders), rows, has_left)));
+            threads.push(builder.spawn_scoped(scope, move || follow(&rank, Some(orders), at_once, has_left)));
         }
         unheard = obey_first_node(&mut told, &followers, || {
             let is_asked = leaves.load(Ordering::Relaxed);
@@ -212,11 +212,6 @@ pub(super) fn query_passes(plan: &PrefillPlan) -> usize {
     (plan.query - plan.query_rows()).div_ceil(QUERY_CHUNK)
 }
 
-/// Rows of a pass at most: a chunk of a query, or a token of each sequence.
-pub(super) fn pass_rows(limits: &Limits) -> usize {
-    QUERY_CHUNK.max(limits.at_once)
-}
-
 fn lead<B, C>(rank: &Rank<'_, B, C>, work: Work<'_>, followers: Vec<Sender<Arc<Command>>>) -> Result<(), RankError>
 where
     B: Backend,
@@ -224,7 +219,7 @@ where
 {
     let Work { inbox, limits, budget, .. } = work;
     guarded(rank, || {
-        let member = Member::new(rank, pass_rows(&limits))?;
+        let member = Member::new(rank, limits.at_once)?;
         // Nobody begins before every rank has its buffers.
         rank.comm.barrier()?;
         Leader::new(rank, member, followers, Schedule::new(limits), budget).lead(&inbox)?;
@@ -235,7 +230,7 @@ where
 fn follow<B, C>(
     rank: &Rank<'_, B, C>,
     orders: Option<Receiver<Arc<Command>>>,
-    rows: usize,
+    at_once: usize,
     has_left: &AtomicBool,
 ) -> Result<(), RankError>
 where
@@ -244,7 +239,7 @@ where
 {
     guarded(rank, || {
         let Some(orders) = orders else { return Ok(()) };
-        let mut member = Member::new(rank, rows)?;
+        let mut member = Member::new(rank, at_once)?;
         rank.comm.barrier()?;
         orders.iter().try_for_each(|command| member.obey(&command))?;
         if has_left.load(Ordering::Relaxed) {

@@ -167,7 +167,7 @@ impl<D: Devices> ModelEngine<D> {
             heads: footprint.heads,
             kv_heads: footprint.kv_heads,
             head_dim: footprint.head_dim,
-            vocab: spec.vocab,
+            vocab: footprint.vocab,
             tied_embeddings: spec.tied_embeddings,
             head_width: heads.map_or(0, |head| head.width),
             element_bytes: footprint.element_bytes,

@@ -7,6 +7,14 @@ use super::{AttentionMode, PrefillPlan};
 /// Query tokens that go through the layers at a time, so that a long query needs no more memory than a short one.
 pub const QUERY_CHUNK: usize = 256;
 
+/// Parts of the vocabulary are whole vectors, as those are that devices read at a time.
+const VECTOR: usize = 8;
+
+/// Rows of a pass at most: a chunk of a query, or a token of each of `at_once` sequences.
+pub fn pass_rows(at_once: usize) -> usize {
+    QUERY_CHUNK.max(at_once)
+}
+
 /// What of a model decides about memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Footprint {
@@ -22,6 +30,8 @@ pub struct Footprint {
     pub kv_heads: usize,
     /// Elements of one head.
     pub head_dim: usize,
+    /// Tokens of the vocabulary.
+    pub vocab: usize,
     /// Bytes of an activation.
     pub element_bytes: usize,
     /// Bytes of a row of keys and its values in one layer, as they are kept for decode.
@@ -44,12 +54,16 @@ impl Footprint {
     fn activations(&self, elements: usize) -> u64 {
         elements as u64 * self.element_bytes as u64
     }
-    /// Bytes that a rank holds whatever it works on: buffers of passes of `rows` query or generated tokens, and what its backend uses for itself.
-    pub fn fixed_memory(&self, ranks: usize, rows: usize) -> u64 {
+    /// Bytes that a rank holds whatever it works on: buffers of passes in which `at_once` sequences generate, and what its backend uses for itself.
+    pub fn fixed_memory(&self, ranks: usize, at_once: usize) -> u64 {
+        let rows = pass_rows(at_once);
         let (stacked, merged) = if ranks > 1 { (rows * ranks, rows) } else { (0, 0) };
+        let tokens_of_rank = self.vocab.div_ceil(ranks).next_multiple_of(VECTOR).min(self.vocab);
+        let parts = if ranks > 1 { ranks * tokens_of_rank } else { 0 };
         let working = rows * (self.row_elements() + 2 * self.kv_width() + self.hidden);
         self.activations(working + stacked * (self.qkv_width() + self.q_width()) + merged * self.q_width())
             + scores(stacked * (self.heads + self.hidden))
+            + scores(at_once * (self.vocab + parts))
             + self.scratch_bytes
     }
     /// Bytes of a row of keys and its values as passing blocks travel in FP8: a code for each element, a scale for each head, whole 16 bytes.
@@ -71,7 +85,7 @@ impl PrefillPlan {
     /// Bytes that one of `ranks` ranks needs at most for this plan and `new_tokens` generated tokens, with no other sequence beside it.
     pub fn memory_of_rank(&self, rank: usize, ranks: usize, new_tokens: usize, model: &Footprint) -> u64 {
         let own = self.cache_memory(rank, ranks, new_tokens, model) + self.prefill_memory(rank, ranks, model);
-        own + model.fixed_memory(ranks, QUERY_CHUNK)
+        own + model.fixed_memory(ranks, 1)
     }
 
     /// Bytes that all ranks need together, where they share one memory.

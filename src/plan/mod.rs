@@ -17,7 +17,7 @@ use std::ops::Range;
 
 pub use execution::{Execution, PassingType, Placement};
 pub use layout::{RankLayout, Run};
-pub use memory::{Footprint, QUERY_CHUNK};
+pub use memory::{Footprint, QUERY_CHUNK, pass_rows};
 use serde::{Deserialize, Serialize};
 pub use settings::hosts as hosts_for;
 

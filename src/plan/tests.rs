@@ -286,10 +286,10 @@ proptest! {
     #[test]
     fn more_ranks_never_need_more_memory_each(plan in any_plan(), ranks in 1usize..12) {
         let model = Footprint {
-            layers: 3, hidden: 8, intermediate: 8, heads: 4, kv_heads: 2, head_dim: 2, element_bytes: 4, kept_row_bytes: 32, scratch_bytes: 100,
+            layers: 3, hidden: 8, intermediate: 8, heads: 4, kv_heads: 2, head_dim: 2, vocab: 30, element_bytes: 4, kept_row_bytes: 32, scratch_bytes: 100,
         };
         // Without what a rank holds whatever the plan is: that grows with the partial results it gathers.
-        let own = |rank, ranks| plan.memory_of_rank(rank, ranks, 7, &model) - model.fixed_memory(ranks, QUERY_CHUNK);
+        let own = |rank, ranks| plan.memory_of_rank(rank, ranks, 7, &model) - model.fixed_memory(ranks, 1);
         let worst = |ranks| (0..ranks).map(|rank| own(rank, ranks)).max().unwrap();
         // What is exchanged comes on top of what a single rank needs, and parts of hosts that are dealt one by one may be uneven. So does what is attended to
         // apart from what comes of other ranks: of a plan for very few tokens that is more than a rank has less to do.

@@ -1,7 +1,7 @@
 //! Batches of decodes: what a sequence gets is the same to the bit, whoever decodes beside it.
 
 use apbd::backend::cuda::{Cuda, CudaMatrix, CudaOptions, KvCacheType, ProductPath};
-use apbd::backend::{AttentionTask, Backend, HeadShape, KvMut, KvRef, Mask, Next, Wanted};
+use apbd::backend::{AttentionTask, Backend, HeadShape, KvMut, KvRef, Mask};
 use half::bf16;
 
 use super::attention::{Case, check_kept, segment, shape};
@@ -14,7 +14,6 @@ pub const TESTS: &[Test] = &[
     ("products_by_the_other_kernels_are_right_too", other_products),
     ("rope_writes_each_row_to_its_own_place", rope),
     ("rope_writes_each_row_to_its_own_place_in_fp8", rope_fp8),
-    ("next_tokens_are_those_of_each_row_alone", next_tokens),
     ("decodes_of_a_batch_attend_to_their_own_keys", attention),
     ("a_decode_is_the_same_alone_and_in_a_batch", alone_and_together),
 ];
@@ -165,52 +164,6 @@ fn rope_fp8(_: &Cuda) {
             assert!(attended(one) == attended(other), "{shape:?}");
         }
     }
-}
-
-fn next_tokens(cuda: &Cuda) {
-    let (vocab, cols) = (333, 136);
-    for rows in [1, 3, 33, 70] {
-        let (mut x, norm) = (Values::random(1, rows, cols, 2.0), Values::random(2, 1, cols, 1.0).weight(cuda));
-        // One row's logits are not finite.
-        if rows > 3 {
-            x.data[2 * cols + 5] = f64::INFINITY;
-        }
-        let (x, head) = (x.matrix(cuda), Values::random(3, vocab, cols, 0.3).weight(cuda));
-        let wanted = |row: usize| match row % 3 {
-            0 => Wanted::Token((0.0, 1.0, 0.0)),
-            1 => Wanted::Token((0.8, 0.9, row as f32 / 70.0)),
-            _ => Wanted::Logits,
-        };
-        let all: Vec<_> = (0..rows).map(wanted).collect();
-        let got = cuda.next_tokens(&x, &norm, 1e-6, &head, &all).unwrap();
-        assert_eq!(got.len(), rows);
-        for (row, (got, wanted)) in got.iter().zip(&all).enumerate() {
-            match (got, wanted) {
-                (Next::Token(token), Wanted::Token(choice)) if rows <= 32 => {
-                    let alone = cuda.choose_token(&x, row, &norm, 1e-6, &head, *choice).unwrap();
-                    assert_eq!(Some(*token), alone, "row {row} of {rows}");
-                }
-                // More rows are cuBLASLt's, which adds in another order.
-                (Next::Token(token), Wanted::Token((temperature, ..))) => {
-                    let logits = cuda.logits(&x, row, &norm, 1e-6, &head).unwrap();
-                    let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-                    assert!(*temperature > 0.0 || logits[*token as usize] > highest - 1e-3, "row {row} of {rows}");
-                }
-                (Next::Logits(logits), Wanted::Logits) => {
-                    let alone = cuda.logits(&x, row, &norm, 1e-6, &head).unwrap();
-                    let allowed = if rows <= 32 { 0.0 } else { 1e-3 };
-                    let is_near = |(a, b): (&f32, &f32)| (a - b).abs() <= allowed || (!a.is_finite() && !b.is_finite());
-                    assert!(logits.iter().zip(&alone).all(is_near), "row {row} of {rows}");
-                }
-                _ => panic!("row {row} of {rows}: {wanted:?} gave {got:?}"),
-            }
-        }
-    }
-    let broken = Values::from_fn(1, cols, |_, _| f64::INFINITY).matrix(cuda);
-    let (norm, head) = (Values::random(2, 1, cols, 1.0), Values::random(3, vocab, cols, 0.3));
-    let wanted = [Wanted::Token((0.0, 1.0, 0.0))];
-    let got = cuda.next_tokens(&broken, &norm.weight(cuda), 1e-6, &head.weight(cuda), &wanted).unwrap();
-    assert!(matches!(&got[..], [Next::Logits(logits)] if logits.iter().any(|logit| !logit.is_finite())));
 }
 
 /// One query each over a cache of its own, in one or two segments.

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use apbd::backend::cuda::{Cuda, CudaMatrix, CudaOptions, CudaScores};
-use apbd::backend::{Backend, HeadShape};
+use apbd::backend::{Backend, HeadShape, even_part};
 use apbd::comm::nccl::{Deadlines, NcclComm};
 use apbd::comm::{Comm, CommError, Partials};
 use half::bf16;
@@ -273,6 +273,7 @@ fn combined(devices: &Devices) {
                 }
                 merged_as_gathered(&comm, turn, rows);
                 added_as_gathered(&comm, turn, rows);
+                joined_as_gathered(&comm, turn, rows);
             }
             comm.settle().unwrap();
         });
@@ -336,6 +337,22 @@ fn added_as_gathered(comm: &NcclComm, turn: usize, rows: usize) {
     comm.all_gather_partials(Partials::Sums(&mut all), &vec![rows; ranks]).unwrap();
     device.add_partials(rows, ranks, &all, &mut added).unwrap();
     let [got, wanted] = [combined, added].map(|matrix| device.read_matrix(&matrix).unwrap());
+    assert!(got == wanted, "rank {} of {ranks}, turn {turn}: {rows} rows of {cols}", comm.rank());
+}
+
+fn joined_as_gathered(comm: &NcclComm, turn: usize, rows: usize) {
+    // Of some widths parts overlap, and of some lines one half is all.
+    let (device, ranks, cols) = (comm.device().clone(), comm.size(), [331, 2048, 7, 1200][turn % 4]);
+    let width = even_part(cols, 0, ranks).len();
+    let own = values(comm, turn, rows * width);
+    let spare = vec![7.0; (rows + 1) * cols];
+    let [mut combined, mut joined] = [(); 2].map(|()| scores_from(&device, rows + 1, cols, &spare));
+    let combining = comm.combining(rows, width).expect("devices that reach each other");
+    combining.join_columns(rows, &scores_from(&device, rows, width, &own), &mut combined).unwrap();
+    let mut all = scores_from(&device, rows * ranks, width, &at_its_place(comm, &own));
+    comm.all_gather_partials(Partials::Columns(&mut all), &vec![rows; ranks]).unwrap();
+    device.join_columns(rows, ranks, &all, &mut joined).unwrap();
+    let [got, wanted] = [combined, joined].map(|scores| device.read_scores(&scores).unwrap());
     assert!(got == wanted, "rank {} of {ranks}, turn {turn}: {rows} rows of {cols}", comm.rank());
 }
 

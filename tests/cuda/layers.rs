@@ -1,4 +1,4 @@
-//! What a layer does to each row: embedding, norm, products, MLP, RoPE, logits.
+//! What a layer does to each row: embedding, norm, products, MLP, RoPE.
 
 use std::ops::Range;
 
@@ -6,7 +6,7 @@ use apbd::backend::cuda::Cuda;
 use apbd::backend::{Backend, HeadShape, KvMut};
 
 use super::Test;
-use super::values::{Steps, Values, judge, poisoned, product, rounded};
+use super::values::{Steps, Values, judge, poisoned, product};
 
 pub const TESTS: &[Test] = &[
     ("embedding_is_a_copy", embedding),
@@ -16,9 +16,6 @@ pub const TESTS: &[Test] = &[
     ("parts_of_an_mlp_add_up_to_it", parts_of_an_mlp),
     ("rope_rotates_and_stores", rope),
     ("copied_rows_are_the_same", copies),
-    ("logits_of_one_row", logits),
-    ("the_likeliest_token_is_the_first_of_the_highest", likeliest),
-    ("draws_hit_every_token_of_the_nucleus_and_no_other", draws),
 ];
 
 fn embedding(cuda: &Cuda) {
@@ -35,7 +32,7 @@ fn embedding(cuda: &Cuda) {
     }
 }
 
-fn norm_of(x: &Values, w: &Values, epsilon: f64, steps: Steps) -> Values {
+pub fn norm_of(x: &Values, w: &Values, epsilon: f64, steps: Steps) -> Values {
     Values::from_fn(x.rows, x.cols, |i, j| {
         let mean = x.row(i).iter().map(|value| value * value).sum::<f64>() / x.cols as f64;
         steps.of(steps.of(x.at(i, j) / (mean + epsilon).sqrt()) * w.at(0, j))
@@ -196,89 +193,4 @@ fn copies(cuda: &Cuda) {
     let got = Values::read(cuda, &to, 7, 40);
     assert_eq!(&got.data[40..240], &from.data[160..360]);
     assert!(got.row(0).iter().chain(got.row(6)).all(|value| value.is_nan()));
-}
-
-fn logits(cuda: &Cuda) {
-    let (vocab, cols) = (333, 136);
-    let (x, norm, head) =
-        (Values::random(1, 4, cols, 2.0), Values::random(2, 1, cols, 1.0), Values::random(3, vocab, cols, 0.3));
-    let got = cuda.logits(&x.matrix(cuda), 2, &norm.weight(cuda), 1e-6, &head.weight(cuda)).unwrap();
-    let got = Values { rows: 1, cols: vocab, data: got.into_iter().map(f64::from).collect() };
-    let row = Values { rows: 1, cols, data: x.row(2).to_vec() };
-    // The normed row is in bf16 either way; sums stay in f32.
-    let normed = norm_of(&row, &norm, 1e-6, Steps::Exact);
-    let normed = Values::from_fn(1, cols, |i, j| rounded(normed.at(i, j)));
-    judge("logits", &got, |steps| product(&normed, &head, steps), 1e-4);
-}
-
-const LIKELIEST: (f32, f32, f32) = (0.0, 1.0, 0.0);
-
-fn likeliest(cuda: &Cuda) {
-    let cols = 64;
-    let unit = |at: usize| Values::from_fn(1, cols, |_, j| if j == at { 1.0 } else { 0.0 });
-    let (x, norm) = (unit(0).matrix(cuda), Values::from_fn(1, cols, |_, _| 1.0).weight(cuda));
-    for vocab in [1, 31, 1000, 5000] {
-        // The logit of a token is its first weight, times what the norm makes of the row.
-        for levels in [2.0, 1000.0] {
-            let random = Values::random(vocab as u64, vocab, cols, 1.0);
-            let head = Values::from_fn(vocab, cols, |i, j| (random.at(i, j) * levels).round() / 8.0);
-            let weight = head.weight(cuda);
-            let logits = cuda.logits(&x, 0, &norm, 1e-6, &weight).unwrap();
-            let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-            let expected = logits.iter().position(|logit| *logit == highest).unwrap();
-            let chosen = cuda.choose_token(&x, 0, &norm, 1e-6, &weight, LIKELIEST).unwrap();
-            assert_eq!(chosen, Some(expected as u32), "{vocab} tokens");
-        }
-    }
-    // A norm that overflows makes logits that are not finite.
-    let huge = Values::from_fn(1, cols, |_, _| 3e38).weight(cuda);
-    let head = Values::from_fn(9, cols, |i, _| if i == 4 { 3e38 } else { 1e-38 }).weight(cuda);
-    for choice in [LIKELIEST, (0.7, 0.9, 0.5)] {
-        assert_eq!(cuda.choose_token(&x, 0, &huge, 1e-6, &head, choice).unwrap(), None);
-    }
-}
-
-fn draws(cuda: &Cuda) {
-    let cols = 64;
-    let x = Values::from_fn(1, cols, |_, j| if j == 0 { 1.0 } else { 0.0 }).matrix(cuda);
-    let norm = Values::from_fn(1, cols, |_, _| 1.0).weight(cuda);
-    for (vocab, temperature, top_p) in
-        [(1, 1.0, 0.5), (40, 1.0, 1.0), (40, 4.0, 0.61), (3000, 0.6, 0.9), (3000, 0.1, 0.3)]
-    {
-        let random = Values::random(vocab as u64, vocab, cols, 1.0);
-        // Some logits are equal.
-        let head = Values::from_fn(vocab, cols, |i, j| (random.at(i, j) * 16.0).round() / 8.0).weight(cuda);
-        let logits = cuda.logits(&x, 0, &norm, 1e-6, &head).unwrap();
-        let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let weights: Vec<f64> =
-            logits.iter().map(|logit| (f64::from(logit - highest) / f64::from(temperature)).exp()).collect();
-        let mut sorted = weights.clone();
-        sorted.sort_by(|a, b| b.total_cmp(a));
-        let mut held = 0.0;
-        let enough = weights.iter().sum::<f64>() * f64::from(top_p);
-        let least = *sorted
-            .iter()
-            .find(|weight| {
-                held += **weight;
-                held >= enough * (1.0 - 1e-9)
-            })
-            .unwrap();
-        let nucleus = |weight: f64| if weight >= least { weight } else { 0.0 };
-        let total: f64 = weights.iter().map(|weight| nucleus(*weight)).sum();
-        // Every few tokens, the middle of its share, if that is wide enough for sums in f32.
-        let wide = |weight: &f64| nucleus(*weight) / total > 1e-4;
-        let step = weights.iter().filter(|weight| wide(weight)).count().div_ceil(5);
-        let (mut before, mut seen) = (0.0, 0);
-        for (token, weight) in weights.iter().enumerate() {
-            if wide(weight) {
-                if seen % step == 0 {
-                    let choice = (temperature, top_p, ((before + weight / 2.0) / total) as f32);
-                    let chosen = cuda.choose_token(&x, 0, &norm, 1e-6, &head, choice).unwrap();
-                    assert_eq!(chosen, Some(token as u32), "{vocab} tokens, {choice:?}");
-                }
-                seen += 1;
-            }
-            before += nucleus(*weight);
-        }
-    }
 }

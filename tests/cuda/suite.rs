@@ -12,6 +12,7 @@ mod attention;
 mod batch;
 mod collectives;
 mod failures;
+mod head;
 mod kept;
 mod layers;
 mod parity;
@@ -61,6 +62,7 @@ fn main() -> ExitCode {
     let on_device = [
         attention::TESTS,
         batch::TESTS,
+        head::TESTS,
         kept::TESTS,
         layers::TESTS,
         partials::TESTS,

@@ -4,7 +4,9 @@ use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use apbd::backend::cpu::Cpu;
-use apbd::backend::{AttentionTask, Backend, BackendError, HeadShape, KvMut, KvRef, Mask, WeightView};
+use apbd::backend::{
+    AttentionTask, Backend, BackendError, Head, HeadShape, KvMut, KvRef, Mask, Next, Wanted, WeightView,
+};
 
 /// What happens at the chosen call.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -293,17 +295,26 @@ impl Backend for Instrumented {
     }
     fn logits(
         &self,
+        rows: usize,
         x: &Matrix,
-        row: usize,
-        norm: &Weight,
-        epsilon: f32,
-        head: &Weight,
-    ) -> Result<Vec<f32>, BackendError> {
-        let mut logits = self.inner.logits(x, row, norm, epsilon, head)?;
-        if matches!(self.fault, Some((_, Fault::NonFinite))) {
+        head: &Head<'_, Weight>,
+        part: Range<usize>,
+        out: &mut Scores,
+        first_row: usize,
+    ) -> Done {
+        self.count("logits")?;
+        self.inner.logits(rows, x, head, part, out, first_row)
+    }
+    fn join_columns(&self, rows: usize, count: usize, parts: &Scores, out: &mut Scores) -> Done {
+        self.count("join_columns")?;
+        self.inner.join_columns(rows, count, parts, out)
+    }
+    fn next_tokens(&self, logits: &Scores, wanted: &[Wanted]) -> Result<Vec<Next>, BackendError> {
+        let mut next = self.inner.next_tokens(logits, wanted)?;
+        if let (Some((_, Fault::NonFinite)), Some(Next::Logits(logits))) = (&self.fault, next.first_mut()) {
             logits[1] = f32::NAN;
         }
-        Ok(logits)
+        Ok(next)
     }
     fn synchronize(&self) -> Done {
         self.count("synchronize")?;

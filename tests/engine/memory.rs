@@ -2,7 +2,7 @@
 
 use apbd::comm::local::LocalComm;
 use apbd::engine::{self, Job, Rank};
-use apbd::plan::{AttentionMode, Execution, Footprint, PassingType, QUERY_CHUNK, Selector};
+use apbd::plan::{AttentionMode, Execution, Footprint, PassingType, Selector};
 
 use super::instrumented::Instrumented;
 use super::models::{GROUPED, TinyModel, cpu, distinct_tokens};
@@ -21,6 +21,7 @@ fn no_rank_allocates_more_than_its_plan_says() {
         heads: shape.heads,
         kv_heads: shape.kv_heads,
         head_dim: shape.head_dim,
+        vocab: model.spec.vocab,
         element_bytes: 4,
         kept_row_bytes: 2 * shape.kv_width() * size_of::<f32>(),
         scratch_bytes: 0,
@@ -63,7 +64,7 @@ fn check(model: &TinyModel, footprint: &Footprint, case: &Case, count: usize) {
     let ranks = backends.iter().zip(LocalComm::group(count, DEADLINE));
     let ranks = ranks.map(|(backend, comm)| Rank { backend, comm, weights: &weights, spec: &model.spec }).collect();
     engine::run(ranks, &job, &mut Forced::new(&[1])).unwrap();
-    let fixed = footprint.fixed_memory(count, QUERY_CHUNK);
+    let fixed = footprint.fixed_memory(count, 1);
     for (rank, backend) in backends.iter().enumerate() {
         let needed = plan.memory_of_rank(rank, count, 5, footprint) - fixed;
         // Everything is taken when the sequence begins; a pass takes nothing.

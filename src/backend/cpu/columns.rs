@@ -4,8 +4,8 @@
 
 use super::check;
 use super::linear::check_rows;
-use super::matrix::Matrix;
-use crate::BackendError;
+use super::matrix::{Matrix, Scores};
+use crate::{BackendError, even_part};
 
 /// `dst[dst_row + g * rows + i] = src[row + i, col + g * width ..]`, see [`stack_columns`](crate::Backend::stack_columns).
 pub(super) fn stack(
@@ -47,6 +47,18 @@ pub(super) fn unstack(
     Ok(())
 }
 
+/// `out[i, first of part p ..] = parts[p * rows + i]`, see [`join_columns`](crate::Backend::join_columns).
+pub(super) fn join(rows: usize, count: usize, parts: &Scores, out: &mut Scores) -> Result<(), BackendError> {
+    let (op, cols) = ("join_columns", out.cols());
+    check_rows(op, "parts", count * rows, even_part(cols, 0, count).len(), parts)?;
+    check_rows(op, "out", rows, cols, out)?;
+    // From the last part on: where two have a column, the first of them has the last word.
+    for (part, row) in (0..count).rev().flat_map(|part| (0..rows).map(move |row| (part, row))) {
+        out.row_mut(row)[even_part(cols, part, count)].copy_from_slice(parts.row(part * rows + row));
+    }
+    Ok(())
+}
+
 fn check_width(op: &'static str, needed: usize, cols: usize) -> Result<(), BackendError> {
     check(op, needed <= cols, || (format!("at least {needed} columns"), format!("{cols}")))
 }
@@ -73,6 +85,28 @@ mod tests {
             assert_eq!(back.row(1 + row)[8], -1.0);
         }
         assert!(back.row(0).iter().all(|element| *element == -1.0));
+    }
+
+    #[test]
+    fn parts_are_joined_and_of_two_that_have_a_column_the_first_is_taken() {
+        for (cols, count) in [(48, 2), (50, 3), (17, 2), (5, 4), (1, 8), (333, 8)] {
+            let (rows, width) = (3, even_part(cols, 0, count).len());
+            // An element says which part it is from, which row, and which column.
+            let value = |part: usize, row: usize, col: usize| (part * 10_000 + row * 1000 + col) as f32;
+            let of_part = |part| {
+                (0..rows).flat_map(move |row| even_part(cols, part, count).map(move |col| value(part, row, col)))
+            };
+            let parts = Scores::from_vec(count * rows, width, (0..count).flat_map(of_part).collect());
+            let mut out = Scores::from_vec(rows + 1, cols, vec![-1.0; (rows + 1) * cols]);
+            join(rows, count, &parts, &mut out).expect("fits");
+            for (row, col) in (0..rows).flat_map(|row| (0..cols).map(move |col| (row, col))) {
+                let first =
+                    (0..count).find(|part| even_part(cols, *part, count).contains(&col)).expect("some part has it");
+                assert_eq!(out.row(row)[col], value(first, row, col), "{count} parts of {cols}");
+            }
+            assert!(out.row(rows).iter().all(|element| *element == -1.0));
+            assert!(join(rows + 1, count, &parts, &mut out).is_err());
+        }
     }
 
     #[test]

@@ -24,7 +24,7 @@ use std::ops::Range;
 pub use matrix::{Matrix, Rows, Scores};
 pub use weight::Weight;
 
-use super::{AttentionTask, Backend, BackendError, HeadShape, KvMut, KvRef, WeightView};
+use super::{AttentionTask, Backend, BackendError, Head, HeadShape, KvMut, KvRef, Next, Wanted, WeightView};
 use rope::Angles;
 use threads::Threads;
 
@@ -295,13 +295,24 @@ impl Backend for Cpu {
 
     fn logits(
         &self,
+        rows: usize,
         x: &Matrix,
-        row: usize,
-        norm: &Weight,
-        epsilon: f32,
-        head: &Weight,
-    ) -> Result<Vec<f32>, BackendError> {
-        norm::logits(&self.threads, x, row, norm, epsilon, head)
+        head: &Head<'_, Weight>,
+        part: Range<usize>,
+        out: &mut Scores,
+        first_row: usize,
+    ) -> Result<(), BackendError> {
+        norm::logits(&self.threads, rows, x, head, part, (out, first_row))
+    }
+
+    fn join_columns(&self, rows: usize, count: usize, parts: &Scores, out: &mut Scores) -> Result<(), BackendError> {
+        columns::join(rows, count, parts, out)
+    }
+
+    /// The choice is the caller's.
+    fn next_tokens(&self, logits: &Scores, wanted: &[Wanted]) -> Result<Vec<Next>, BackendError> {
+        linear::check_rows("next_tokens", "logits", wanted.len(), logits.cols(), logits)?;
+        Ok((0..wanted.len()).map(|row| Next::Logits(logits.row(row).to_vec())).collect())
     }
 
     fn synchronize(&self) -> Result<(), BackendError> {

@@ -2,14 +2,16 @@
 //!
 //! Invariant: the mean of squares is taken in f32 over the whole row before anything is written.
 
+use std::ops::Range;
+
 use super::check;
 use super::linear::{check_rows, product};
-use super::matrix::Matrix;
+use super::matrix::{Matrix, Scores};
 use super::threads::Threads;
 use super::vector::{dot, scale_by};
 use super::view::{View, ViewMut};
 use super::weight::Weight;
-use crate::BackendError;
+use crate::{BackendError, Head};
 
 /// Rows worth waking a thread for.
 const GRAIN: usize = 128;
@@ -56,19 +58,24 @@ fn norm_row(x: &[f32], w: &[f32], epsilon: f32, out: &mut [f32]) {
 /// See [`crate::Backend::logits`].
 pub(super) fn logits(
     threads: &Threads,
+    rows: usize,
     x: &Matrix,
-    row: usize,
-    norm: &Weight,
-    epsilon: f32,
-    head: &Weight,
-) -> Result<Vec<f32>, BackendError> {
-    let (cols, head) = (x.cols(), head.matrix());
-    check_rows("logits", "x", row + 1, head.cols(), x)?;
-    let norm = norm.vector("logits", cols)?;
-    let mut normed = vec![0.0; cols];
-    norm_row(x.row(row), norm, epsilon, &mut normed);
-    let mut logits = vec![0.0; head.rows()];
-    let out = ViewMut::new(&mut logits, 1, head.rows(), head.rows());
-    product(threads, View::new(&normed, 1, cols, cols), View::of(head, 0..head.rows(), 0..cols), None, false, out);
-    Ok(logits)
+    head: &Head<'_, Weight>,
+    part: Range<usize>,
+    (out, first_row): (&mut Scores, usize),
+) -> Result<(), BackendError> {
+    let (op, cols, weights) = ("logits", x.cols(), head.weights.matrix());
+    check_rows(op, "x", rows, weights.cols(), x)?;
+    check_rows(op, "out", first_row + rows, part.len(), out)?;
+    let is_there = part.end <= weights.rows();
+    check(op, is_there, || (format!("a part of {} tokens", weights.rows()), format!("{part:?}")))?;
+    let norm = head.norm.vector(op, cols)?;
+    let mut normed = Matrix::zeros(rows, cols);
+    for row in 0..rows {
+        norm_row(x.row(row), norm, head.epsilon, normed.row_mut(row));
+    }
+    let width = part.len();
+    let out = ViewMut::new(&mut out.data_mut()[first_row * width..], rows, width, width);
+    product(threads, View::of(&normed, 0..rows, 0..cols), View::of(weights, part, 0..cols), None, false, out);
+    Ok(())
 }

@@ -101,6 +101,10 @@ impl CudaScores {
 }
 
 impl CudaWeight {
+    /// Output features.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
     /// Input features.
     pub fn cols(&self) -> usize {
         self.cols

@@ -183,21 +183,4 @@ impl Cuda {
         // SAFETY: (1) parameters as in swiglu.cu; (2) by the caller's pieces.
         unsafe { self.stream.launch(&self.functions.swiglu, grid, threads, parameters![from, columns, to]) }
     }
-
-    pub(super) fn run_add_partials(
-        &self,
-        rows: usize,
-        count: usize,
-        partials: &CudaScores,
-        x: &mut CudaMatrix,
-    ) -> Result<(), BackendError> {
-        let op = "add_partials";
-        x.need(op, "x", rows, partials.cols)?;
-        need(op, "partials", (count * rows, x.cols), (partials.rows, partials.cols))?;
-        require(op, x.cols.is_multiple_of(8), "columns a multiple of 8", x.cols)?;
-        let (elements, from, to) = (rows * x.cols, partials.row(0), x.row(0));
-        let (grid, [count, words]) = (((elements / 8).div_ceil(THREADS), 1, 1), [count, elements].map(|n| n as i32));
-        // SAFETY: (1) parameters as in add_partials.cu; (2) matrices are borrowed.
-        unsafe { self.stream.launch(&self.functions.add_partials, grid, THREADS, parameters![count, words, from, to]) }
-    }
 }

@@ -40,13 +40,12 @@ pub use matrix::{CudaMatrix, CudaRows, CudaScores, CudaWeight};
 pub use peers::Peers;
 pub use products::ProductPath;
 
-use super::{AttentionTask, Backend, BackendError, HeadShape, KvMut, KvRef, Next, Wanted, WeightView};
+use super::{AttentionTask, Backend, BackendError, Head, HeadShape, KvMut, KvRef, Next, Wanted, WeightView};
 use arena::Arena;
 use attention::{Attention, Call};
 use blas::Blas;
 use driver::{Context, Stream};
 use modules::{Functions, Modules};
-use next::Head;
 use products::Skinny;
 
 /// Device memory left to the driver and to cuBLASLt's own needs.
@@ -100,8 +99,6 @@ pub struct ScratchShape {
     pub heads: HeadShape,
     /// Width of the MLP.
     pub intermediate: usize,
-    /// Rows of the language-model head.
-    pub vocab: usize,
     /// Hidden width of a retaining head; 0 without.
     pub head_width: usize,
 }
@@ -168,7 +165,7 @@ impl Cuda {
         let mlp = mlp::MLP_ROWS * 3 * shape.intermediate * 2;
         let scores = selection::SCORE_ROWS * shape.head_width * 4;
         let partials = self.attention.most_partial_bytes(shape.heads.head_dim);
-        [mlp, scores, partials, next::USUAL_ROWS * shape.vocab * 4].into_iter().max().unwrap_or(0) as u64
+        [mlp, scores, partials].into_iter().max().unwrap_or(0) as u64
     }
 
     /// How keys and values are kept.
@@ -493,40 +490,31 @@ impl Backend for Cuda {
 
     fn logits(
         &self,
+        rows: usize,
         x: &CudaMatrix,
-        row: usize,
-        norm: &CudaWeight,
-        epsilon: f32,
-        head: &CudaWeight,
-    ) -> Result<Vec<f32>, BackendError> {
+        head: &Head<'_, CudaWeight>,
+        part: Range<usize>,
+        out: &mut CudaScores,
+        first_row: usize,
+    ) -> Result<(), BackendError> {
         self.mark("logits")?;
-        self.read_scores(&self.device_logits(x, (row, 1), &Head { norm, epsilon, head })?)
+        self.run_logits(rows, x, head, part, (out, first_row))
     }
 
-    fn choose_token(
+    fn join_columns(
         &self,
-        x: &CudaMatrix,
-        row: usize,
-        norm: &CudaWeight,
-        epsilon: f32,
-        head: &CudaWeight,
-        choice: (f32, f32, f32),
-    ) -> Result<Option<u32>, BackendError> {
-        self.mark("choose_token")?;
-        let logits = self.device_logits(x, (row, 1), &Head { norm, epsilon, head })?;
-        Ok(self.run_choose_tokens(&logits, &[choice])?[0])
+        rows: usize,
+        count: usize,
+        parts: &CudaScores,
+        out: &mut CudaScores,
+    ) -> Result<(), BackendError> {
+        self.mark("join_columns")?;
+        self.run_join_columns(rows, count, parts, out)
     }
 
-    fn next_tokens(
-        &self,
-        x: &CudaMatrix,
-        norm: &CudaWeight,
-        epsilon: f32,
-        head: &CudaWeight,
-        wanted: &[Wanted],
-    ) -> Result<Vec<Next>, BackendError> {
+    fn next_tokens(&self, logits: &CudaScores, wanted: &[Wanted]) -> Result<Vec<Next>, BackendError> {
         self.mark("next_tokens")?;
-        self.run_next_tokens(x, &Head { norm, epsilon, head }, wanted)
+        self.run_next_tokens(logits, wanted)
     }
 
     fn pace(&self) -> Result<(), BackendError> {

@@ -26,6 +26,8 @@ const OVERLAPPING: &[&str] = &[
     "gemv",
     "gemv_f32",
     "gemv_swiglu",
+    "join_columns",
+    "join_from_peers",
     "keep_fp8",
     "merge_from_peers",
     "merge_stacked",
@@ -144,6 +146,8 @@ functions! {
     gather_kv in "gather_kv";
     add_from_peers in "peers";
     merge_from_peers in "peers";
+    join_from_peers in "peers";
+    join_columns in "join_columns";
     move_columns in "columns";
     quantize_kv in "passing_fp8";
     restore_kv in "passing_fp8";

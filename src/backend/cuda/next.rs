@@ -1,17 +1,18 @@
-//! Final norm, language-model head, and the choice of tokens.
+//! Final norm, language-model head or a part of it, and the choice of tokens.
 //!
 //! Invariant: the head is read once for all rows; logits come to the host only for rows that want them.
 #![allow(unsafe_code)]
 
+use std::ops::Range;
+
 use super::Cuda;
 use super::driver::parameters;
-use super::matrix::{CudaMatrix, CudaScores, CudaWeight};
-use crate::{BackendError, Next, Wanted};
+use super::matrix::{CudaMatrix, CudaScores, CudaWeight, need, require};
+use super::products::Product;
+use crate::{BackendError, Head, Next, Wanted};
 
 /// As in kernels/choose.h.
 const MAX_CHOICES: usize = 64;
-/// Rows whose logits an operation has in memory at most, for what is taken into account before it runs.
-pub(super) const USUAL_ROWS: usize = 64;
 const THREADS: usize = 1024;
 /// Instead of the index of a logit that is not finite.
 const NONE: u32 = u32::MAX;
@@ -24,33 +25,31 @@ struct Choices {
     draw: [f32; MAX_CHOICES],
 }
 
-/// How logits come about.
-pub(super) struct Head<'a> {
-    pub norm: &'a CudaWeight,
-    pub epsilon: f32,
-    pub head: &'a CudaWeight,
-}
-
 impl Cuda {
-    /// Logits of `rows` rows of `x` from `first` on.
-    pub(super) fn device_logits(
+    pub(super) fn run_logits(
         &self,
+        rows: usize,
         x: &CudaMatrix,
-        (first, rows): (usize, usize),
-        by: &Head<'_>,
-    ) -> Result<CudaScores, BackendError> {
-        let (op, head) = ("logits", by.head);
-        x.need(op, "x", first + rows, head.cols)?;
-        by.norm.need(op, "norm", 1, head.cols)?;
-        let normed = self.arena.take(op, rows * head.cols * 2)?;
-        self.run_rms_norm(rows, x.row(first), by.norm, by.epsilon, normed.address())?;
-        let logits = CudaScores::new(&self.arena, op, rows, head.rows)?;
-        self.wide_product(rows, normed.address(), head, logits.row(0))?;
-        Ok(logits)
+        head: &Head<'_, CudaWeight>,
+        part: Range<usize>,
+        (out, first_row): (&mut CudaScores, usize),
+    ) -> Result<(), BackendError> {
+        let (op, weights, cols) = ("logits", head.weights, head.weights.cols);
+        x.need(op, "x", rows, cols)?;
+        head.norm.need(op, "norm", 1, cols)?;
+        need(op, "out", (first_row + rows, part.len()), (out.rows, out.cols))?;
+        require(op, cols.is_multiple_of(8), "columns a multiple of 8", cols)?;
+        let is_there = part.end <= weights.rows;
+        require(op, is_there, &format!("a part of {} tokens", weights.rows), format!("{part:?}"))?;
+        let normed = self.arena.take(op, rows * cols * 2)?;
+        self.run_rms_norm(rows, x.row(0), head.norm, head.epsilon, normed.address())?;
+        let of_part = weights.piece.address() + (part.start * cols * 2) as u64;
+        let product = Product::new((rows, cols, part.len()), normed.address(), of_part, out.row(first_row));
+        self.wide_product(&product)
     }
 
     /// A token for each row of logits by temperature, nucleus and draw; none where a logit is not finite.
-    pub(super) fn run_choose_tokens(
+    fn run_choose_tokens(
         &self,
         logits: &CudaScores,
         choices: &[(f32, f32, f32)],
@@ -71,28 +70,23 @@ impl Cuda {
         Ok(found.into_iter().map(|[token, first_bad]| (first_bad == NONE).then_some(token)).collect())
     }
 
-    pub(super) fn run_next_tokens(
-        &self,
-        x: &CudaMatrix,
-        by: &Head<'_>,
-        wanted: &[Wanted],
-    ) -> Result<Vec<Next>, BackendError> {
+    pub(super) fn run_next_tokens(&self, logits: &CudaScores, wanted: &[Wanted]) -> Result<Vec<Next>, BackendError> {
         if wanted.is_empty() {
             return Ok(Vec::new());
         }
-        let logits = self.device_logits(x, (0, wanted.len()), by)?;
+        need("next_tokens", "logits", (wanted.len(), logits.cols), (logits.rows, logits.cols))?;
         // A row that wants its logits gets a choice that nobody looks at.
         let choice = |wanted: &Wanted| match wanted {
             Wanted::Logits => (0.0, 1.0, 0.0),
             Wanted::Token(choice) => *choice,
         };
         let chosen = match wanted.iter().any(|wanted| matches!(wanted, Wanted::Token(_))) {
-            true => self.run_choose_tokens(&logits, &wanted.iter().map(choice).collect::<Vec<_>>())?,
+            true => self.run_choose_tokens(logits, &wanted.iter().map(choice).collect::<Vec<_>>())?,
             false => vec![None; wanted.len()],
         };
         let next = |(row, (wanted, chosen)): (usize, (&Wanted, Option<u32>))| match (wanted, chosen) {
             (Wanted::Token(_), Some(token)) => Ok(Next::Token(token)),
-            _ => self.read_score_row(&logits, row).map(Next::Logits),
+            _ => self.read_score_row(logits, row).map(Next::Logits),
         };
         wanted.iter().zip(chosen).enumerate().map(next).collect()
     }

@@ -1,4 +1,4 @@
-//! Merging partial attention results by their log-sum-exps.
+//! Partial results become one: of attention by their log-sum-exps, sums added up, columns put side by side.
 //!
 //! Invariant: kernels are launched on checked shapes only.
 #![allow(unsafe_code)]
@@ -8,7 +8,7 @@ use std::ops::Range;
 use super::Cuda;
 use super::driver::parameters;
 use super::matrix::{CudaMatrix, CudaScores, need, require};
-use crate::{BackendError, HeadShape};
+use crate::{BackendError, HeadShape, even_part};
 
 const THREADS: usize = 256;
 
@@ -54,6 +54,45 @@ impl Cuda {
         let parameters = parameters![count, row_count, heads, head_dim, from, from_lse, to];
         // SAFETY: (1) parameters as in merge_stacked.cu; (2) matrices are borrowed.
         unsafe { self.stream.launch(&self.functions.merge_stacked, (rows, 1, 1), THREADS, parameters) }
+    }
+
+    pub(super) fn run_add_partials(
+        &self,
+        rows: usize,
+        count: usize,
+        partials: &CudaScores,
+        x: &mut CudaMatrix,
+    ) -> Result<(), BackendError> {
+        let op = "add_partials";
+        x.need(op, "x", rows, partials.cols)?;
+        need(op, "partials", (count * rows, x.cols), (partials.rows, partials.cols))?;
+        require(op, x.cols.is_multiple_of(8), "columns a multiple of 8", x.cols)?;
+        let (elements, from, to) = (rows * x.cols, partials.row(0), x.row(0));
+        let grid = ((elements / 8).div_ceil(THREADS), 1, 1);
+        let [count, elements] = [count, elements].map(|n| n as i32);
+        // SAFETY: (1) parameters as in add_partials.cu; (2) matrices are borrowed.
+        unsafe {
+            self.stream.launch(&self.functions.add_partials, grid, THREADS, parameters![count, elements, from, to])
+        }
+    }
+
+    pub(super) fn run_join_columns(
+        &self,
+        rows: usize,
+        count: usize,
+        parts: &CudaScores,
+        out: &mut CudaScores,
+    ) -> Result<(), BackendError> {
+        let (op, cols) = ("join_columns", out.cols);
+        let width = even_part(cols, 0, count).len();
+        need(op, "parts", (count * rows, width), (parts.rows, parts.cols))?;
+        need(op, "out", (rows, cols), (out.rows, out.cols))?;
+        let (from, to, grid) = (parts.row(0), out.row(0), (cols.div_ceil(THREADS), rows, 1));
+        let [rows, cols, width] = [rows, cols, width].map(|n| n as i32);
+        // SAFETY: (1) parameters as in join_columns.cu; (2) matrices are borrowed.
+        unsafe {
+            self.stream.launch(&self.functions.join_columns, grid, THREADS, parameters![rows, cols, width, from, to])
+        }
     }
 }
 

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use super::Cuda;
 use super::driver::{Context, Function, Pinned, Stream, parameters};
 use super::matrix::{CudaMatrix, CudaScores, need, require};
-use crate::{BackendError, HeadShape};
+use crate::{BackendError, HeadShape, even_part};
 
 /// As in kernels/peers.cu.
 const MOST_RANKS: usize = 8;
@@ -58,12 +58,13 @@ impl Drop for Mailbox {
 /// One rank's end of a group of devices that reach into each other's memory.
 pub struct Peers {
     cuda: Arc<Cuda>,
-    rank: usize,
     mailboxes: Arc<Vec<Mailbox>>,
+    /// What is the same in every turn.
+    group: Group,
     /// Number of the last turn.
     turn: AtomicU32,
-    /// A word that ends what the device waits for, and where that sees it.
-    ended: (Pinned, u64),
+    /// A word that ends what the device waits for.
+    ended: Pinned,
 }
 
 /// The number of the turn after that of another. It is never 0, which is in every line of an empty mailbox, and odd and even ones take turns, as their places do.
@@ -74,13 +75,24 @@ fn number_after(turn: u32) -> u32 {
 /// `Peers` of peers.cu.
 #[repr(C)]
 #[derive(Clone, Copy)]
-struct Turn {
+struct Group {
     mailboxes: [u64; MOST_RANKS],
     slot_lines: u64,
     ended: u64,
     turn: u32,
     rank: i32,
     ranks: i32,
+}
+
+impl Group {
+    fn new(mailboxes: &[Mailbox], rank: usize, ended: u64) -> Self {
+        let mut addresses = [0; MOST_RANKS];
+        for (address, mailbox) in addresses.iter_mut().zip(mailboxes) {
+            *address = mailbox.at;
+        }
+        let [rank, ranks] = [rank, mailboxes.len()].map(|n| n as i32);
+        Self { mailboxes: addresses, slot_lines: SLOT_LINES as u64, ended, turn: 0, rank, ranks }
+    }
 }
 
 impl Peers {
@@ -100,10 +112,9 @@ impl Peers {
         let mailboxes = devices.iter().map(|cuda| Mailbox::new(cuda, ranks)).collect::<Result<Vec<_>, _>>()?;
         let mailboxes = Arc::new(mailboxes);
         let end = |(rank, cuda): (usize, &Arc<Cuda>)| {
-            let word = Pinned::new(&cuda.context, size_of::<u32>())?;
-            let at = word.address_on(&cuda.context)?;
-            let (mailboxes, turn) = (mailboxes.clone(), AtomicU32::new(0));
-            Ok(Self { cuda: cuda.clone(), rank, mailboxes, turn, ended: (word, at) })
+            let ended = Pinned::new(&cuda.context, size_of::<u32>())?;
+            let group = Group::new(&mailboxes, rank, ended.address_on(&cuda.context)?);
+            Ok(Self { cuda: cuda.clone(), mailboxes: mailboxes.clone(), group, turn: AtomicU32::new(0), ended })
         };
         devices.iter().enumerate().map(end).collect::<Result<_, _>>().map(Some)
     }
@@ -149,28 +160,43 @@ impl Peers {
         unsafe { self.launch(&self.cuda.functions.merge_from_peers, lines, parameters) }
     }
 
+    /// Puts the columns of all ranks side by side in the first `rows` rows of `out`, see [`Backend::join_columns`](crate::Backend::join_columns): `part` has this
+    /// rank's.
+    pub fn join_columns(&self, rows: usize, part: &CudaScores, out: &mut CudaScores) -> Result<(), BackendError> {
+        let (op, ranks, cols) = ("join_columns", self.mailboxes.len(), out.cols);
+        let width = even_part(cols, self.rank(), ranks).len();
+        need(op, "part", (rows, width), (part.rows, part.cols))?;
+        need(op, "out", (rows, cols), (out.rows, out.cols))?;
+        let lines = (rows * width).div_ceil(2);
+        self.require_room(op, lines)?;
+        let (peers, from, to) = (self.next_turn()?, part.row(0), out.row(0));
+        let [rows, cols, width] = [rows, cols, width].map(|n| n as i32);
+        let parameters = parameters![peers, rows, cols, width, from, to];
+        // SAFETY: (1) parameters as in peers.cu; (2) matrices are borrowed.
+        unsafe { self.launch(&self.cuda.functions.join_from_peers, lines, parameters) }
+    }
+
     /// Lets the device go, wherever it waits for others: now and from here on. What it has then is no result.
     pub fn end(&self) {
-        self.ended.0.word().store(1, Ordering::Release);
+        self.ended.word().store(1, Ordering::Release);
     }
 
     fn require_room(&self, op: &'static str, lines: usize) -> Result<(), BackendError> {
         require(op, lines <= SLOT_LINES, &format!("at most {SLOT_LINES} lines of {LINE_DATA_BYTES} bytes"), lines)
     }
 
-    fn next_turn(&self) -> Result<Turn, BackendError> {
-        let mut mailboxes = [0; MOST_RANKS];
-        for (at, mailbox) in mailboxes.iter_mut().zip(&*self.mailboxes) {
-            *at = mailbox.at;
-        }
+    fn rank(&self) -> usize {
+        self.group.rank as usize
+    }
+
+    fn next_turn(&self) -> Result<Group, BackendError> {
         let turn = number_after(self.turn.load(Ordering::Relaxed));
         self.turn.store(turn, Ordering::Relaxed);
         if turn % EMPTYING < 2 {
             // Nobody writes there before this rank has begun this turn, and of what it had from there it has made use.
-            self.mailboxes[self.rank].empty(&self.cuda.stream, turn + 1)?;
+            self.mailboxes[self.rank()].empty(&self.cuda.stream, turn + 1)?;
         }
-        let (rank, ranks) = (self.rank as i32, self.mailboxes.len() as i32);
-        Ok(Turn { mailboxes, slot_lines: SLOT_LINES as u64, ended: self.ended.1, turn, rank, ranks })
+        Ok(Group { turn, ..self.group })
     }
 
     /// Launches a kernel with a thread for each line, among the computing.

@@ -164,24 +164,22 @@ impl Cuda {
         unsafe { self.stream.launch(&self.functions.gemv, grid, THREADS, parameters) }
     }
 
-    /// `x wᵀ` in f32; `x` and `out` are addresses of `rows` rows.
-    pub(super) fn wide_product(&self, rows: usize, x: u64, w: &CudaWeight, out: u64) -> Result<(), BackendError> {
-        require("logits", w.cols.is_multiple_of(8), "columns a multiple of 8", w.cols)?;
-        let weights = w.piece.address();
-        let product = Product::new((rows, w.cols, w.rows), x, weights, out);
+    /// A plain product, left in f32; columns are a multiple of 8.
+    pub(super) fn wide_product(&self, product: &Product) -> Result<(), BackendError> {
+        let &Product { rows, cols, width, x, w, out, .. } = product;
         match self.products.taker(rows) {
-            Taker::Skinny => self.skinny(Into::F32, &product),
+            Taker::Skinny => self.skinny(Into::F32, product),
             Taker::Vector => {
-                let (cols, width) = (w.cols as i32, w.rows as i32);
-                let grid = ((w.rows * 32).div_ceil(THREADS), 1, 1);
-                let parameters = parameters![x, weights, cols, width, out];
-                // SAFETY: (1) parameters as in gemv.cu; (2) by the caller's pieces.
+                let (cols_word, width_word) = (cols as i32, width as i32);
+                let grid = ((width * 32).div_ceil(THREADS), 1, 1);
+                let parameters = parameters![x, w, cols_word, width_word, out];
+                // SAFETY: (1) parameters as in gemv.cu; (2) by the caller's borrows and pieces.
                 unsafe { self.stream.launch(&self.functions.gemv_f32, grid, THREADS, parameters) }
             }
             Taker::Library => {
-                let form = Form { wide: true, ..Form::new(rows, w.rows, w.cols) };
-                // SAFETY: (1) by the caller's pieces.
-                unsafe { self.blas.multiply(&self.stream, form, Operands { x, w: weights, bias: 0, out }) }
+                let form = Form { wide: true, ..Form::new(rows, width, cols) };
+                // SAFETY: (1) by the caller's borrows and pieces.
+                unsafe { self.blas.multiply(&self.stream, form, Operands { x, w, bias: 0, out }) }
             }
         }
     }

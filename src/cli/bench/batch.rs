@@ -11,8 +11,8 @@ use super::cuda::{device, failed, random_tokens};
 use super::decode::{cache_bytes, weight_bytes};
 use super::report::{Row, median, rounded};
 use super::{Options, ceilings};
-use crate::backend::cuda::{Cuda, CudaMatrix};
-use crate::backend::{AttentionTask, Backend, BackendError, KvMut, KvRef, Mask, Next, Segment, Wanted};
+use crate::backend::cuda::{Cuda, CudaMatrix, CudaScores};
+use crate::backend::{AttentionTask, Backend, BackendError, Head, KvMut, KvRef, Mask, Next, Segment, Wanted};
 use crate::cli::CliError;
 use crate::model::ModelSpec;
 use crate::model::weights::{LayerWeights, Weights};
@@ -73,6 +73,7 @@ struct Sequences<'a> {
     h: CudaMatrix,
     qkv: CudaMatrix,
     attended: CudaMatrix,
+    logits: CudaScores,
     /// Tokens of each sequence before the first step.
     context: usize,
     last: Vec<u32>,
@@ -102,6 +103,7 @@ impl<'a> Sequences<'a> {
             h: cuda.matrix(largest, spec.hidden)?,
             qkv: cuda.matrix(largest, shape.qkv_width())?,
             attended: cuda.matrix(largest, shape.q_width())?,
+            logits: cuda.scores(largest, spec.vocab)?,
             context,
             last: Vec::new(),
         };
@@ -176,8 +178,10 @@ impl<'a> Sequences<'a> {
             cuda.rms_norm(rows, &self.x, &of_layer.mlp_norm, spec.epsilon, &mut self.h)?;
             cuda.mlp(rows, &self.h, &of_layer.gate_up, &of_layer.down, &mut self.x)?;
         }
-        let head = weights.language_model_head();
-        let next = cuda.next_tokens(&self.x, &weights.final_norm, spec.epsilon, head, &vec![LIKELIEST; rows])?;
+        let (norm, of_head) = (&weights.final_norm, weights.language_model_head());
+        let head = Head { norm, epsilon: spec.epsilon, weights: of_head };
+        cuda.logits(rows, &self.x, &head, 0..spec.vocab, &mut self.logits, 0)?;
+        let next = cuda.next_tokens(&self.logits, &vec![LIKELIEST; rows])?;
         let token = |next| match next {
             Next::Token(token) => Ok(token),
             Next::Logits(_) => {

@@ -89,4 +89,8 @@ impl Combining<CudaMatrix, CudaScores> for NcclComm {
     fn add_sums(&self, rows: usize, sums: &CudaScores, x: &mut CudaMatrix) -> Result<(), CommError> {
         self.combine((rows, sums.cols()), |peers| peers.add_sums(rows, sums, x))
     }
+
+    fn join_columns(&self, rows: usize, part: &CudaScores, out: &mut CudaScores) -> Result<(), CommError> {
+        self.combine((rows, part.cols()), |peers| peers.join_columns(rows, part, out))
+    }
 }

@@ -344,7 +344,7 @@ impl Comm<CudaMatrix, CudaScores> for NcclComm {
             Partials::Attention(parts, lse) => {
                 (vec![dimensions(parts), size(lse)], vec![parts.extent(0, 1), lse.extent(0, 1)])
             }
-            Partials::Sums(sums) => (vec![size(sums)], vec![sums.extent(0, 1)]),
+            Partials::Sums(scores) | Partials::Columns(scores) => (vec![size(scores)], vec![scores.extent(0, 1)]),
         };
         let call = self.checked(Call::all_gather_partials(self.shared.size, &sizes, counts))?;
         let op = call.op();

@@ -105,7 +105,9 @@ fn embedding_norm_and_logits() {
     assert!(cpu().embed(&table, &[9], &mut x).is_err(), "a token beyond the vocabulary");
     let mut out = poisoned(3, 6);
     cpu().rms_norm(3, &x, &norm, 1e-5, &mut out).expect("fits");
-    let logits = cpu().logits(&x, 1, &norm, 1e-5, &table).expect("fits");
+    let head = Head { norm: &norm, epsilon: 1e-5, weights: &table };
+    let mut logits = Scores::from_vec(4, 9, vec![f32::NAN; 36]);
+    cpu().logits(3, &x, &head, 0..9, &mut logits, 1).expect("fits");
     let mean: f64 = x.row(1).iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / 6.0;
     for i in 0..6 {
         assert_close(
@@ -114,9 +116,11 @@ fn embedding_norm_and_logits() {
             1.0,
         );
     }
-    for (i, &logit) in logits.iter().enumerate() {
-        assert_close(logit, product(out.row(1), &table, i), 6.0);
+    for (row, token) in (0..3).flat_map(|row| (0..9).map(move |token| (row, token))) {
+        assert_close(logits.row(1 + row)[token], product(out.row(row), &table, token), 6.0);
     }
+    assert!(logits.row(0).iter().all(|logit| logit.is_nan()));
+    assert!(cpu().logits(1, &x, &head, 1..10, &mut logits, 0).is_err(), "a token beyond the vocabulary");
 }
 
 #[test]
