@@ -36,8 +36,11 @@ pub struct Rates {
     pub segments_tflops: f64,
     /// GB/s of operations bound by memory, read and written bytes together.
     pub memory_gb_s: f64,
-    /// GB/s of weights, keys and values read by a pass of few rows.
+    /// GB/s of keys and values read by a pass of few rows, and of weights.
     pub decode_gb_s: f64,
+    /// Of weights, where those are read at another rate.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub weights_gb_s: Option<f64>,
     /// GB/s of keys and values kept in FP8, in the bytes that they have there.
     pub decode_fp8_gb_s: f64,
     /// Microseconds of a layer that a pass of few rows needs beyond what its bytes take: starts and ends of its launches.
@@ -60,9 +63,9 @@ pub struct Network {
     pub between: Link,
 }
 
-/// What two H100 take for a token says so; two H200 take less.
+/// What two H100 and two H200 take for a token says so.
 fn partials_us() -> f64 {
-    8.0
+    7.0
 }
 
 /// One device's end of a link.
@@ -88,6 +91,13 @@ pub enum CalibrationError {
     Zero { field: &'static str },
 }
 
+impl Rates {
+    /// GB/s of weights read by a pass of few rows.
+    pub fn weights_gb_s(&self) -> f64 {
+        self.weights_gb_s.unwrap_or(self.decode_gb_s)
+    }
+}
+
 impl Calibration {
     /// An H100 80GB HBM3. The rates are those of the stages of one prefill (Llama-3.1-8B shape, APB with 8 hosts, 128K tokens), of causal attention over 128K
     /// tokens alone, of a copy, and of a step of one token at 128K, in FP8 of two (`kernels/README.md` has the figures); how far other prefills and steps are
@@ -107,6 +117,7 @@ impl Calibration {
                 segments_tflops: 603.0,
                 memory_gb_s: 2700.0,
                 decode_gb_s: 2968.0,
+                weights_gb_s: None,
                 decode_fp8_gb_s: 2800.0,
                 layer_us: 27.0,
             },
@@ -132,6 +143,7 @@ impl Calibration {
             ("rates.segments_tflops", rates.segments_tflops),
             ("rates.memory_gb_s", rates.memory_gb_s),
             ("rates.decode_gb_s", rates.decode_gb_s),
+            ("rates.weights_gb_s", rates.weights_gb_s()),
             ("rates.decode_fp8_gb_s", rates.decode_fp8_gb_s),
             ("network.within.gb_s", network.within.gb_s),
             ("network.between.gb_s", network.between.gb_s),

@@ -1,7 +1,7 @@
 //! The time of passes of few rows: the query's, and those of generated tokens, of one sequence or of a batch.
 //!
-//! Invariant: a pass reads every weight once, whatever its rows; every rank has a share of the keys and values, and reads its share of the MLP's weights and all
-//! others.
+//! Invariant: a pass reads every weight once, whatever its rows; every rank has a share of the keys and values, and reads its share of the weights of the MLP and
+//! of the language-model head, and all others.
 
 use crate::plan::{Host, PrefillPlan, QUERY_CHUNK};
 
@@ -28,7 +28,7 @@ impl CostModel {
     /// has gone through the layers with its context.
     pub fn query_pass_s(&self, plan: &PrefillPlan, ranks: usize) -> f64 {
         if plan.query_rows() > 0 {
-            return self.choice_s(1);
+            return self.choice_s(1, ranks);
         }
         let chunk = |first: usize| {
             let rows = QUERY_CHUNK.min(plan.query - first);
@@ -53,13 +53,15 @@ impl CostModel {
             + rates.layer_us * 1e-6
             + self.partials_s(rows, ranks)
             + self.sums_s(rows, ranks);
-        shape.layers as f64 * layer + self.choice_s(rows)
+        shape.layers as f64 * layer + self.choice_s(rows, ranks)
     }
 
-    /// Seconds of the language-model head.
-    fn choice_s(&self, rows: usize) -> f64 {
-        let elements = self.shape.vocab * self.shape.hidden;
+    /// Seconds of the language-model head, and until every rank has the logits of all.
+    fn choice_s(&self, rows: usize, ranks: usize) -> f64 {
+        let tokens = self.shape.vocab.div_ceil(ranks.max(1));
+        let (elements, logits) = (tokens * self.shape.hidden, ranks * rows * tokens);
         self.product_s(product(rows, elements), self.calibration.rates.qkv_tflops, elements)
+            + self.calibration.network.partials_s(ranks, (logits * size_of::<f32>()) as f64)
     }
 
     /// GB/s at which kept keys and values are read, in the bytes they have.

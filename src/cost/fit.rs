@@ -38,6 +38,8 @@ pub struct Figures {
     pub device: Option<String>,
     /// GB/s of a copy, read and written.
     pub copy_gb_s: Option<f64>,
+    /// GB/s of weights of a product with one row.
+    pub weights_gb_s: Option<f64>,
     /// Prefills.
     pub prefill: Vec<PrefillFigure>,
     /// Steps of generation.
@@ -97,6 +99,9 @@ impl Calibration {
         if let Some(copy_gb_s) = figures.copy_gb_s {
             refined.rates.decode_gb_s = copy_gb_s;
         }
+        if figures.weights_gb_s.is_some() || !figures.decode.is_empty() {
+            refined.rates.weights_gb_s = figures.weights_gb_s;
+        }
         refined.refine_decode(&figures.decode);
         refined
     }
@@ -105,8 +110,11 @@ impl Calibration {
     fn refine_decode(&mut self, figures: &[DecodeFigure]) {
         let without = Self { rates: Rates { layer_us: 0.0, ..self.rates }, ..self.clone() };
         let terms = |figure: &DecodeFigure| {
-            let bytes_s = CostModel::new(figure.shape, without.clone()).decode_step_s(&figure.contexts, 1);
-            Step { bytes_s, layers: figure.shape.layers as f64, seconds: figure.seconds }
+            let model = CostModel::new(figure.shape, without.clone());
+            let all_s = model.decode_step_s(&figure.contexts, 1);
+            let of_weights = |_| model.decode_step_s(&vec![0; figure.contexts.len()], 1);
+            let known_s = self.rates.weights_gb_s.map_or(0.0, of_weights);
+            Step { bytes_s: all_s - known_s, layers: figure.shape.layers as f64, seconds: figure.seconds - known_s }
         };
         let steps: Vec<Step> = figures.iter().map(terms).collect();
         let layer_s = 1e-6 * self.rates.layer_us;
@@ -118,7 +126,7 @@ impl Calibration {
     }
 }
 
-/// A measured step of decode, and what is predicted of it.
+/// A measured step of decode, and what is predicted of it; without what is known.
 struct Step {
     /// Seconds of its bytes.
     bytes_s: f64,

@@ -167,7 +167,7 @@ impl CostModel {
             return 0.0;
         }
         let bytes = (weights * self.shape.element_bytes) as f64;
-        (flops / (tflops * 1e12)).max(bytes / (self.calibration.rates.decode_gb_s * 1e9))
+        (flops / (tflops * 1e12)).max(bytes / (self.calibration.rates.weights_gb_s() * 1e9))
     }
 }
 

@@ -78,6 +78,7 @@ struct Printed {
     what: String,
     device: Option<String>,
     copy_gb_s: Option<f64>,
+    weights_gb_s: Option<f64>,
     head_width: Option<usize>,
     query: Option<usize>,
     shape: Option<String>,
@@ -117,6 +118,7 @@ fn add(figures: &mut Figures, path: &Path) -> Result<(), CliError> {
                 }
                 figures.device = row.device.clone().or(figures.device.take());
                 figures.copy_gb_s = row.copy_gb_s.or(figures.copy_gb_s);
+                figures.weights_gb_s = row.weights_gb_s.or(figures.weights_gb_s);
                 (head_width, query) = (row.head_width.unwrap_or(head_width), row.query.unwrap_or(query));
             }
             "prefill" => figures.prefill.push(prefill(row, head_width, query).map_err(&wrong)?),

@@ -56,9 +56,9 @@ fn one(options: &Options, engine: &CudaEngine, plan: &crate::plan::PrefillPlan) 
 
 /// Bytes of weights that a step reads on the rank that reads most.
 pub(super) fn weight_bytes(spec: &ModelSpec, ranks: usize) -> f64 {
-    let part = spec.intermediate.div_ceil(ranks);
-    let layer = spec.hidden * (spec.shape.qkv_width() + spec.shape.q_width() + 3 * part);
-    (2 * (spec.layers * layer + spec.vocab * spec.hidden)) as f64
+    let (width, tokens) = (spec.intermediate.div_ceil(ranks), spec.vocab.div_ceil(ranks));
+    let layer = spec.hidden * (spec.shape.qkv_width() + spec.shape.q_width() + 3 * width);
+    (2 * (spec.layers * layer + tokens * spec.hidden)) as f64
 }
 
 /// Bytes of a sequence's keys and values.

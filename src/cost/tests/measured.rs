@@ -152,7 +152,13 @@ fn steps_of_batches_take_as_long_as_predicted() {
 
 #[test]
 fn a_calibration_is_found_again_from_what_it_predicts() {
-    let truth = Calibration::h100();
+    found_again(&Calibration::h100());
+    let mut apart = Calibration::h100();
+    apart.rates.weights_gb_s = Some(2400.0);
+    found_again(&apart);
+}
+
+fn found_again(truth: &Calibration) {
     let figures = |calibration: &Calibration| {
         let of_model =
             |shape: &str| CostModel::new(ModelShape::published(shape, 1024).expect("a shape"), calibration.clone());
@@ -166,9 +172,11 @@ fn a_calibration_is_found_again_from_what_it_predicts() {
             DecodeFigure { shape: model.shape, seconds: model.decode_step_s(&contexts, 1), contexts }
         });
         let copy_gb_s = Some(calibration.rates.decode_gb_s);
-        Figures { device: None, copy_gb_s, prefill: prefill.collect(), decode: decode.collect() }
+        let weights_gb_s = calibration.rates.weights_gb_s;
+        Figures { device: None, copy_gb_s, weights_gb_s, prefill: prefill.collect(), decode: decode.collect() }
     };
     let mut start = truth.clone();
+    start.rates.weights_gb_s = Some(2000.0);
     for rate in [
         &mut start.rates.qkv_tflops,
         &mut start.rates.o_tflops,
@@ -182,13 +190,14 @@ fn a_calibration_is_found_again_from_what_it_predicts() {
     ] {
         *rate *= 0.6;
     }
-    let found = start.refined(&figures(&truth)).rates;
+    let found = start.refined(&figures(truth)).rates;
     let near = |one: f64, other: f64| (one / other - 1.0).abs() < 0.02;
     let (found, expected) = (serde_json::json!(found), serde_json::json!(truth.rates));
     for (name, expected) in expected.as_object().expect("rates") {
         let (found, expected) = (found[name].as_f64().expect("a number"), expected.as_f64().expect("a number"));
         assert!(near(found, expected), "{name}: {found} is not {expected}");
     }
+    assert_eq!(found.get("weights_gb_s"), expected.get("weights_gb_s"));
     let none = start.refined(&Figures::default());
     assert_eq!(none, start);
 }
