@@ -99,9 +99,7 @@ impl Calibration {
         if let Some(copy_gb_s) = figures.copy_gb_s {
             refined.rates.decode_gb_s = copy_gb_s;
         }
-        if figures.weights_gb_s.is_some() || !figures.decode.is_empty() {
-            refined.rates.weights_gb_s = figures.weights_gb_s;
-        }
+        refined.rates.weights_gb_s = figures.weights_gb_s.or(refined.rates.weights_gb_s);
         refined.refine_decode(&figures.decode);
         refined
     }

@@ -226,9 +226,7 @@ fn attend<B: Backend, C: Comm<B::Matrix, B::Scores>>(
     let Some(Stack { queries, parts, lse, merged, .. }) = stack else {
         return Ok(backend.attention(shape, qkv, sources, &shifted_by(rows.start), attended, None)?);
     };
-    let (ranks, combining) = (rank.comm.size(), rank.comm.combining(count, shape.q_width()));
-    // Where this rank's partial results have their place among those of all.
-    let first = if combining.is_some() { 0 } else { rank.comm.rank() * count };
+    let (combining, first) = rank.combining(count, shape.q_width());
     let queries = if first == rows.start {
         qkv
     } else {
@@ -239,8 +237,8 @@ fn attend<B: Backend, C: Comm<B::Matrix, B::Scores>>(
     if let Some(combining) = combining {
         return Ok(combining.merge_partials(shape, count, (parts, lse), (attended, rows.start))?);
     }
-    rank.comm.all_gather_partials(Partials::Attention(parts, lse), &vec![count; ranks])?;
-    backend.merge_stacked(shape, count, ranks, parts, lse, merged)?;
+    rank.gather_partials(count, Partials::Attention(parts, lse))?;
+    backend.merge_stacked(shape, count, rank.comm.size(), parts, lse, merged)?;
     Ok(backend.copy_rows(merged, 0, count, attended, rows.start)?)
 }
 

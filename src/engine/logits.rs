@@ -2,7 +2,7 @@
 //!
 //! Invariant: every rank has the same logits, bit for bit.
 
-use crate::backend::{Backend, BackendError, Head, Next, Wanted, even_part};
+use crate::backend::{Backend, BackendError, Next, Wanted, even_part};
 use crate::comm::{Comm, Partials};
 
 use super::rank::{Rank, RankError};
@@ -32,18 +32,16 @@ impl<B: Backend> Logits<B> {
         x: &B::Matrix,
     ) -> Result<(), RankError> {
         let (backend, vocab, own, ranks) = (rank.backend, rank.spec.vocab, rank.comm.rank(), rank.comm.size());
-        let (norm, weights) = (&rank.weights.final_norm, rank.weights.language_model_head());
-        let head = Head { norm, epsilon: rank.spec.epsilon, weights };
+        let head = rank.weights.language_model_head(rank.spec);
         let Self { all, parts } = self;
         let Some(parts) = parts else { return Ok(backend.logits(rows, x, &head, 0..vocab, all, 0)?) };
         let part = even_part(vocab, own, ranks);
-        let combining = rank.comm.combining(rows, part.len());
-        let first_row = if combining.is_some() { 0 } else { own * rows };
+        let (combining, first_row) = rank.combining(rows, part.len());
         backend.logits(rows, x, &head, part, parts, first_row)?;
         if let Some(combining) = combining {
             return Ok(combining.join_columns(rows, parts, all)?);
         }
-        rank.comm.all_gather_partials(Partials::Columns(parts), &vec![rows; ranks])?;
+        rank.gather_partials(rows, Partials::Columns(parts))?;
         Ok(backend.join_columns(rows, ranks, parts, all)?)
     }
 

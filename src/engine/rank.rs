@@ -5,7 +5,7 @@
 use std::ops::Range;
 
 use crate::backend::{Backend, BackendError, HeadShape, PART_COLS};
-use crate::comm::{Comm, CommError, Partials};
+use crate::comm::{Combining, Comm, CommError, Partials};
 use crate::model::ModelSpec;
 use crate::model::weights::{LayerWeights, Weights};
 
@@ -26,7 +26,28 @@ impl<B: Backend, C: Comm<B::Matrix, B::Scores>> Rank<'_, B, C> {
     pub(super) fn shape(&self) -> HeadShape {
         self.spec.shape
     }
+
+    /// How `rows` rows of partial results of `width` elements become one without being gathered, if they can, and from which row on this rank has to leave its
+    /// own: from the first then, else at its place among those of all ranks.
+    pub(super) fn combining(&self, rows: usize, width: usize) -> (Option<Combines<'_, B>>, usize) {
+        match self.comm.combining(rows, width) {
+            Some(combining) => (Some(combining), 0),
+            None => (None, self.comm.rank() * rows),
+        }
+    }
+
+    /// Has the partial results of all ranks, `rows` rows of each, at their places.
+    pub(super) fn gather_partials(
+        &self,
+        rows: usize,
+        partials: Partials<'_, B::Matrix, B::Scores>,
+    ) -> Result<(), CommError> {
+        self.comm.all_gather_partials(partials, &vec![rows; self.comm.size()])
+    }
 }
+
+/// What makes partial results of a backend's ranks one.
+type Combines<'a, B> = &'a dyn Combining<<B as Backend>::Matrix, <B as Backend>::Scores>;
 
 /// The rank that chooses the tokens and talks to the caller.
 pub(super) const ROOT: usize = 0;
@@ -102,13 +123,12 @@ impl<B: Backend> Activations<B> {
         let (backend, own, ranks) = (rank.backend, rank.comm.rank(), rank.comm.size());
         self.take_attended(backend, rank.spec, layer, rows)?;
         let part = part_of_width(rank.spec.intermediate, own, ranks);
-        let combining = rank.comm.combining(rows, rank.spec.hidden);
-        let first_row = if combining.is_some() { 0 } else { own * rows };
+        let (combining, first_row) = rank.combining(rows, rank.spec.hidden);
         backend.mlp_part(rows, &self.h, &layer.gate_up, &layer.down, part, sums, first_row)?;
         if let Some(combining) = combining {
             return Ok(combining.add_sums(rows, sums, &mut self.x)?);
         }
-        rank.comm.all_gather_partials(Partials::Sums(sums), &vec![rows; ranks])?;
+        rank.gather_partials(rows, Partials::Sums(sums))?;
         Ok(backend.add_partials(rows, ranks, sums, &mut self.x)?)
     }
 

@@ -1,8 +1,9 @@
 //! The weights of a model on one device, as the layer loop uses them.
 //!
-//! Invariant: shapes agree with the [`super::ModelSpec`] they were loaded for; every element is finite.
+//! Invariant: shapes agree with the [`ModelSpec`] they were loaded for; every element is finite.
 
-use crate::backend::Backend;
+use super::ModelSpec;
+use crate::backend::{Backend, Head};
 
 /// All weights of a model, on the device of `B`. Linear layers are `[output features, input features]`.
 pub struct Weights<B: Backend> {
@@ -49,8 +50,9 @@ pub struct RetainingHead<B: Backend> {
 }
 
 impl<B: Backend> Weights<B> {
-    /// The language-model head: its own, or the embedding where they are tied.
-    pub fn language_model_head(&self) -> &B::Weight {
-        self.head.as_ref().unwrap_or(&self.embedding)
+    /// Final norm, of the spec's epsilon, and language-model head: its own, or the embedding where they are tied.
+    pub fn language_model_head(&self, spec: &ModelSpec) -> Head<'_, B::Weight> {
+        let weights = self.head.as_ref().unwrap_or(&self.embedding);
+        Head { norm: &self.final_norm, epsilon: spec.epsilon, weights }
     }
 }

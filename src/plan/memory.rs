@@ -7,8 +7,8 @@ use super::{AttentionMode, PrefillPlan};
 /// Query tokens that go through the layers at a time, so that a long query needs no more memory than a short one.
 pub const QUERY_CHUNK: usize = 256;
 
-/// Parts of the vocabulary are whole vectors, as those are that devices read at a time.
-const VECTOR: usize = 8;
+/// Parts of the vocabulary are rounded up to so many tokens, as by the backends' `even_part`.
+const PART_TOKENS: usize = 8;
 
 /// Rows of a pass at most: a chunk of a query, or a token of each of `at_once` sequences.
 pub fn pass_rows(at_once: usize) -> usize {
@@ -58,7 +58,7 @@ impl Footprint {
     pub fn fixed_memory(&self, ranks: usize, at_once: usize) -> u64 {
         let rows = pass_rows(at_once);
         let (stacked, merged) = if ranks > 1 { (rows * ranks, rows) } else { (0, 0) };
-        let tokens_of_rank = self.vocab.div_ceil(ranks).next_multiple_of(VECTOR).min(self.vocab);
+        let tokens_of_rank = self.vocab.div_ceil(ranks).next_multiple_of(PART_TOKENS).min(self.vocab);
         let parts = if ranks > 1 { ranks * tokens_of_rank } else { 0 };
         let working = rows * (self.row_elements() + 2 * self.kv_width() + self.hidden);
         self.activations(working + stacked * (self.qkv_width() + self.q_width()) + merged * self.q_width())

@@ -59,7 +59,7 @@ impl Drop for Mailbox {
 pub struct Peers {
     cuda: Arc<Cuda>,
     mailboxes: Arc<Vec<Mailbox>>,
-    /// What is the same in every turn.
+    /// What its kernels are told, but for the number of the turn.
     group: Group,
     /// Number of the last turn.
     turn: AtomicU32,

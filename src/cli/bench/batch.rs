@@ -12,7 +12,7 @@ use super::decode::{cache_bytes, weight_bytes};
 use super::report::{Row, median, rounded};
 use super::{Options, ceilings};
 use crate::backend::cuda::{Cuda, CudaMatrix, CudaScores};
-use crate::backend::{AttentionTask, Backend, BackendError, Head, KvMut, KvRef, Mask, Next, Segment, Wanted};
+use crate::backend::{AttentionTask, Backend, BackendError, KvMut, KvRef, Mask, Next, Segment, Wanted};
 use crate::cli::CliError;
 use crate::model::ModelSpec;
 use crate::model::weights::{LayerWeights, Weights};
@@ -178,9 +178,7 @@ impl<'a> Sequences<'a> {
             cuda.rms_norm(rows, &self.x, &of_layer.mlp_norm, spec.epsilon, &mut self.h)?;
             cuda.mlp(rows, &self.h, &of_layer.gate_up, &of_layer.down, &mut self.x)?;
         }
-        let (norm, of_head) = (&weights.final_norm, weights.language_model_head());
-        let head = Head { norm, epsilon: spec.epsilon, weights: of_head };
-        cuda.logits(rows, &self.x, &head, 0..spec.vocab, &mut self.logits, 0)?;
+        cuda.logits(rows, &self.x, &weights.language_model_head(spec), 0..spec.vocab, &mut self.logits, 0)?;
         let next = cuda.next_tokens(&self.logits, &vec![LIKELIEST; rows])?;
         let token = |next| match next {
             Next::Token(token) => Ok(token),

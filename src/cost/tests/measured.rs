@@ -176,7 +176,7 @@ fn found_again(truth: &Calibration) {
         Figures { device: None, copy_gb_s, weights_gb_s, prefill: prefill.collect(), decode: decode.collect() }
     };
     let mut start = truth.clone();
-    start.rates.weights_gb_s = Some(2000.0);
+    start.rates.weights_gb_s = truth.rates.weights_gb_s.map(|rate| 0.6 * rate);
     for rate in [
         &mut start.rates.qkv_tflops,
         &mut start.rates.o_tflops,
@@ -198,6 +198,8 @@ fn found_again(truth: &Calibration) {
         assert!(near(found, expected), "{name}: {found} is not {expected}");
     }
     assert_eq!(found.get("weights_gb_s"), expected.get("weights_gb_s"));
+    let unsaid = Figures { weights_gb_s: None, ..figures(truth) };
+    assert_eq!(start.refined(&unsaid).rates.weights_gb_s, start.rates.weights_gb_s);
     let none = start.refined(&Figures::default());
     assert_eq!(none, start);
 }
